@@ -1,4 +1,4 @@
-"""Opens image, video and audio files: returns an array or raises `MediaError`. Knows no normalisation."""
+"""Opens image, video and audio files: returns an array or raises `MediaError`. Nothing is normalised here."""
 
 from lavis_chatbridge.media.audio import open_audio
 from lavis_chatbridge.media.container import has_audio_track, modality_of

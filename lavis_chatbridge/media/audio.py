@@ -1,4 +1,4 @@
-"""Opens sounds from a path, bytes or an array, as mono samples at a given rate. Knows no filterbanks."""
+"""Opens sounds from a path, bytes or an array, as mono samples at a given rate. Filterbanks are in `processors`."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from lavis_chatbridge.media.source import (
 )
 
 if TYPE_CHECKING:
+    from av import AudioStream
     from av.audio.frame import AudioFrame
     from av.container import InputContainer
     from torch import Tensor
@@ -76,7 +77,7 @@ def open_audio(
         own_rate, samples = opener(decode_audio, sound, channel, limits=limits)
     with media_errors(sound):
         if samples.size == 0:
-            raise MediaError(sound, "it holds no sound")
+            raise MediaError(sound, "it has no sound")
         if not _LOWEST_RATE <= own_rate <= _HIGHEST_RATE:
             raise MediaError(sound, f"a sampling rate of {own_rate} Hz is out of range")
         _check_length(sound, samples.size, own_rate, limits)
@@ -93,7 +94,7 @@ def open_audio(
         return _resampler(own_rate, rate)(torch.from_numpy(samples)).numpy()
 
 
-def require_length(source: Any, samples: np.ndarray, rate: int) -> None:
+def require_length(source: object, samples: np.ndarray, rate: int) -> None:
     """Raise a `TooShortError` if a sound (``[S]`` at ``rate`` Hz) is too short for an encoder."""
     if len(samples) < _SHORTEST * rate:
         raise TooShortError(source, f"{1000 * len(samples) / rate:g} ms of sound are less than {1000 * _SHORTEST:g} ms")
@@ -202,12 +203,12 @@ def _wave_samples(file: str | io.BytesIO) -> tuple[int, np.ndarray] | None:
     return (rate, np.atleast_2d(samples.T)) if samples.size else None
 
 
-def _frames(container: InputContainer, stream: Any, source: object) -> Iterator[AudioFrame]:
+def _frames(container: InputContainer, stream: AudioStream, source: object) -> Iterator[AudioFrame]:
     """The decoded frames. Damaged packets are skipped; more than a tenth of them raise a `MediaError`."""
     import av.error
 
     packets = faults = rate = 0
-    fault = "it holds no sound"
+    fault = "it has no sound"
     for packet in chain(packets_of(container, stream), [None]):  # None flushes the decoder
         packets += 1
         try:

@@ -10,6 +10,7 @@ from lavis_chatbridge.errors import MediaError
 from lavis_chatbridge.media.source import DEFAULT_LIMITS, Limits, Source, file_of, guarded, head_of, is_file, is_picture
 
 if TYPE_CHECKING:
+    from av import AudioStream, VideoStream
     from av.container import InputContainer
     from av.packet import Packet
 
@@ -79,7 +80,7 @@ def first_stream(container: InputContainer, modality: str, source: object) -> An
     stream = find_stream(container, modality)
     if stream is None:
         only_sound = modality == "video" and find_stream(container, "audio") is not None
-        raise MediaError(source, f"it has no {modality} track" + ("; it holds only sound" if only_sound else ""))
+        raise MediaError(source, f"it has no {modality} track" + ("; it has only sound" if only_sound else ""))
     stream.codec_context.thread_count = 1  # data workers are processes: threads would only compete for the cores
     discard = getattr(av.stream, "Discard", None)  # PyAV 15 has none and reads the other streams too
     for other in container.streams:
@@ -88,7 +89,7 @@ def first_stream(container: InputContainer, modality: str, source: object) -> An
     return stream
 
 
-def packets_of(container: InputContainer, stream: Any) -> Iterator[Packet]:
+def packets_of(container: InputContainer, stream: AudioStream | VideoStream) -> Iterator[Packet]:
     """The packets of a stream in the order of the file. A read error counts as end of file."""
     import av.error
 

@@ -1,4 +1,4 @@
-"""Opens images from a path, bytes, an array or a Pillow image, as RGB bytes. Knows no model and no normalisation."""
+"""Opens images from a path, bytes, an array or a Pillow image, as RGB bytes. Pixels are not normalised."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def open_image(
 
 
 @contextmanager
-def opened(source: Any) -> Iterator[Image.Image]:
+def opened(source: Source) -> Iterator[Image.Image]:
     """Yield a file as a Pillow image. A source that is a Pillow image is yielded itself; its owner closes it.
 
     Raises:
@@ -82,7 +82,7 @@ def opened(source: Any) -> Iterator[Image.Image]:
         ImageFile.LOAD_TRUNCATED_IMAGES = allowed
 
 
-def _plain_png(source: Any, image: Image.Image) -> np.ndarray | None:
+def _plain_png(source: Source, image: Image.Image) -> np.ndarray | None:
     """Decode an intact 8-bit RGB PNG with FFmpeg, in 60 % of Pillow's time; None for any other file."""
     if image.format != "PNG" or image.mode != "RGB" or "exif" in image.info or getattr(image, "n_frames", 1) > 1:
         return None

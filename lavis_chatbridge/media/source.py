@@ -138,7 +138,7 @@ def is_file(source: object) -> bool:
     return isinstance(source, (str, bytes, bytearray, memoryview)) or hasattr(source, "__fspath__")
 
 
-def file_of(source: Any) -> str | io.BytesIO:
+def file_of(source: object) -> str | io.BytesIO:
     """The absolute path, or the bytes as a file object.
 
     Paths are made absolute, so that no library interprets them as URLs. Pipes and devices are rejected, because

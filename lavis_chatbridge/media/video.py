@@ -30,6 +30,8 @@ from lavis_chatbridge.media.source import (
 )
 
 if TYPE_CHECKING:
+    from av import VideoStream
+    from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
 
@@ -168,7 +170,7 @@ class _Track:
         return spans
 
 
-def _read_track(container: Any, stream: Any, source: object, limits: Limits) -> _Track:
+def _read_track(container: InputContainer, stream: VideoStream, source: object, limits: Limits) -> _Track:
     intact = (packet for packet in packets_of(container, stream) if not packet.is_corrupt)
     packets = list(islice(intact, limits.max_frames + 1))
     shown = [position for position, packet in enumerate(packets) if not packet.is_discard]
@@ -186,7 +188,7 @@ def _read_track(container: Any, stream: Any, source: object, limits: Limits) -> 
 class _Decoder:
     """Decodes chosen frames of a track into ``pictures``: rank by time -> uint8 ``[H,W,3]``."""
 
-    def __init__(self, stream: Any, track: _Track) -> None:
+    def __init__(self, stream: VideoStream, track: _Track) -> None:
         from av.video.reformatter import VideoReformatter
 
         self.pictures: dict[int, np.ndarray] = {}

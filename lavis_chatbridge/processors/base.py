@@ -49,9 +49,9 @@ class Processor(BaseProcessor):
     encoder: ClassVar[str] = "vision"
     opener: Callable[..., Any] = staticmethod(directly)
     limits: Limits = DEFAULT_LIMITS
-    settings: Any
+    settings: Settings
 
-    def __init__(self, settings: Any = None) -> None:
+    def __init__(self, settings: Settings | None = None) -> None:
         super().__init__()
         self.settings = self.settings_class() if settings is None else settings
 
@@ -135,7 +135,7 @@ def _load(modality: str, split: str, values: dict[str, Any], where: str) -> Proc
     processor = registry.get_processor_class(name)
     if processor is None:
         own = sorted(known for known in registry.list_processors() if known.startswith("chatbridge"))
-        raise ConfigError(f"{where}.name: LAVIS knows no processor {name!r}; ChatBridge's are {', '.join(own)}")
+        raise ConfigError(f"{where}.name: LAVIS has no processor {name!r}; ChatBridge's are {', '.join(own)}")
     return processor.from_config(OmegaConf.create(values))
 
 

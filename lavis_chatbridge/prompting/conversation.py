@@ -4,7 +4,7 @@ A slot is an object, not a marker inside a string. Text is never parsed for slot
 user's text or in data is plain text.
 
 The format is the original ChatBridge's (its ``datasets/datasets/valor_data/data_task.py``):
-``###Human: ...###Assistant: ...###``, with media in any user's turn. This module knows no tokenizer and no data set.
+``###Human: ...###Assistant: ...###``, with media in any user's turn. This module uses no tokenizer and no data set.
 """
 
 from __future__ import annotations

@@ -44,8 +44,13 @@ class GenerationTask(ChatBridgeTask):
 
     def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0) -> None:
         super().__init__(settings, seed)
-        path = self.settings.answer_list
-        self._answers = [] if path is None else _answer_list(path)
+        self._answers: list[str] = []
+        """The candidates of ``inference_method: rank``."""
+        if (path := self.settings.answer_list) is not None:
+            listed = read_json(Path(path).expanduser())
+            if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
+                raise ConfigError(f"run.answer_list: {path} is not a readable JSON list of answers")
+            self._answers = list(dict.fromkeys(listed))  # a duplicate would displace another candidate
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **_unused: Any) -> None:
         """Raise a `DataError` if official metrics are requested and no sample has references, answers or options."""
@@ -71,7 +76,7 @@ class GenerationTask(ChatBridgeTask):
             _log.info("%d of %d predictions are read from %s", len(own), len(shares), self._files.folder)
         return [*own.values(), *super().evaluation(model, data_loader, cuda_enabled)]
 
-    def valid_step(self, model: Answering, samples: Mapping[str, Any]) -> list[Any]:
+    def valid_step(self, model: Answering, samples: Mapping[str, Any]) -> list[Prediction]:
         """One `Prediction` per sample, with its prompt."""
         source = next(source for source in self.sources if source.name == samples["source"])
         prompts = [prompt_text(pieces) for pieces in samples["pieces"]]
@@ -102,7 +107,9 @@ class GenerationTask(ChatBridgeTask):
             texts = model.generate(samples, sampling=self.settings.sampling(self.seed))
         return [{"prediction": text} for text in texts]
 
-    def after_evaluation(self, val_result: list[Prediction], split_name: str, epoch: Any, **_unused: Any) -> Any:
+    def after_evaluation(
+        self, val_result: list[Prediction], split_name: str, epoch: int | str, **_unused: Any
+    ) -> dict[str, Any] | None:
         """Write the predictions and the scores of a split.
 
         Returns:
@@ -154,14 +161,6 @@ class GenerationTask(ChatBridgeTask):
 
 def _files(depends_on: dict[str, Any]) -> PredictionFiles:
     return PredictionFiles(Path(registry.get_path("result_dir")), depends_on, get_rank())
-
-
-def _answer_list(path: str) -> list[str]:
-    """The candidates of ``rank``."""
-    listed = read_json(Path(path).expanduser())
-    if not isinstance(listed, list) or not listed or not all(isinstance(text, str) for text in listed):
-        raise ConfigError(f"run.answer_list: {path} is not a readable JSON list of answers")
-    return list(dict.fromkeys(listed))  # a duplicate would displace another candidate
 
 
 def prompt_text(pieces: Sequence[Piece]) -> str:

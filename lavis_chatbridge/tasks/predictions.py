@@ -85,7 +85,10 @@ class PredictionFiles:
 
     def read(self) -> dict[tuple[str, int], Prediction]:
         """Predictions of earlier evaluations with the same hash; a line that an interruption cut off is skipped."""
-        lines = (line for path in [*self._finished(), *self._parts()] for line in read_objects(path, skip_cut=True))
+        scores = [p for p in self.folder.glob("*_metrics.json") if (read_json(p) or {}).get("depends_on") == self.hash]
+        merged = [path.with_name(path.name.removesuffix("_metrics.json") + ".jsonl") for path in sorted(scores)]
+        files = [*(path for path in merged if path.is_file()), *self._parts()]
+        lines = (line for path in files for line in read_objects(path, skip_cut=True))
         return {(found := parse(Prediction, fields, line)).key: found for line, fields in lines}
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -106,11 +109,6 @@ class PredictionFiles:
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob(f".{self.hash[:16]}.rank*.jsonl"))
-
-    def _finished(self) -> list[Path]:
-        scores = [p for p in self.folder.glob("*_metrics.json") if (read_json(p) or {}).get("depends_on") == self.hash]
-        files = [path.with_name(path.name.removesuffix("_metrics.json") + ".jsonl") for path in sorted(scores)]
-        return [path for path in files if path.is_file()]
 
     @contextmanager
     def _writable(self) -> Iterator[None]:

@@ -4,9 +4,9 @@ The same seed gives the same bytes. ``images/``, ``videos/`` and ``sounds/`` hav
 ``test`` (new renderings of the combinations in training); ``heldout`` (combinations that are not in training); and
 ``joint`` (pairs of a picture or clip and a sound, for tests only).
 
-``annotations/`` holds ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
+``annotations/`` has ``{image,video,audio}_{split}.jsonl`` (captions), ``instruct_{image,video,audio}_{split}.jsonl``
 (conversations for training, questions for tests), ``joint_test.jsonl`` (questions about two media) and
-``joint_words.jsonl`` (the same questions, with text descriptions instead of media). This module knows no model.
+``joint_words.jsonl`` (the same questions, with text descriptions instead of media). This module uses no model.
 """
 
 from __future__ import annotations

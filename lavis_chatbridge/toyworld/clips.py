@@ -1,7 +1,7 @@
 """Clips of the embedded world: an object that moves, grows or shrinks in front of a still background.
 
 The input is a `Scene`; start, distance, frame count, frame rate, codec and quality are random. A clip may have an
-audio track. Knows neither captions nor training.
+audio track.
 
 Lengths are fractions of the picture's side.
 """
@@ -72,15 +72,17 @@ def encode(clip: Clip, rng: np.random.Generator, track: Sound | None = None) -> 
         picture.codec_context.thread_count = 1  # more threads change the bytes, and are not faster at this size
         if codec == "mpeg4":
             picture.bit_rate = int(rng.integers(300_000, 900_000))
-        audio = None if track is None else _audio_frame(track)
-        if audio is not None:
+        if track is not None:
+            planes = np.ascontiguousarray(np.atleast_2d(track.samples.T))
+            audio = av.AudioFrame.from_ndarray(planes, format="fltp", layout="stereo" if len(planes) == 2 else "mono")
+            audio.sample_rate, audio.time_base, audio.pts = track.rate, Fraction(1, track.rate), 0
             fast = {"aac_coder": "fast", "flags": "+bitexact"}
             rate, layout = audio.sample_rate, audio.layout
             sound = container.add_stream("aac", rate=rate, layout=layout, bit_rate=64_000, options=fast)
         for frame in clip.frames:
             container.mux(picture.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(picture.encode())
-        if audio is not None:
+        if track is not None:
             container.mux(sound.encode(audio))
             container.mux(sound.encode())
     return file.getvalue()
@@ -101,12 +103,3 @@ def _course(motion: str, count: int, rng: np.random.Generator) -> list[Placement
     radii = far + (near - far) * (steps if motion == "grow" else 1.0 - steps)
     x, y = rng.uniform(0.34, 0.66, 2)
     return [Placement(x, y, radius, tilt) for radius in radii]
-
-
-def _audio_frame(track: Sound) -> av.AudioFrame:
-    planes = np.ascontiguousarray(np.atleast_2d(track.samples.T))
-    frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout="stereo" if len(planes) == 2 else "mono")
-    frame.sample_rate = track.rate
-    frame.time_base = Fraction(1, track.rate)
-    frame.pts = 0
-    return frame

@@ -1,7 +1,6 @@
 """Pictures of the embedded world: one coloured object on a noisy background of muted colours.
 
 The input is a `Scene`; everything else (exact position, size, hue, tilt, background, quality) is random.
-Knows neither captions nor folders nor training.
 
 Lengths are fractions of the picture's side, positions are ``(x, y)`` from the upper left corner.
 """

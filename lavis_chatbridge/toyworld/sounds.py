@@ -1,8 +1,7 @@
 """Sounds of the embedded world: one voice with a timbre, a pitch and a temporal pattern, over faint noise.
 
 The input is a `Scene`; exact pitch, tempo, loudness, noise, length, sample rate and channels are random. A rising or
-falling sound is a sequence of sweeps, so that any few seconds contain its direction. Knows neither captions nor
-training.
+falling sound is a sequence of sweeps, so that any few seconds contain its direction.
 
 Shape legend: ``S`` samples, ``C`` channels. Pitches in Hz, lengths in seconds.
 """

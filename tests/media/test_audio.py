@@ -77,7 +77,7 @@ def test_what_cannot_be_opened_says_why() -> None:
     for source, words in (
         (video_file(3), "no audio track"),
         (encoded(Image.new("RGB", (4, 4)), "PNG"), "it is an image"),
-        (sound_file(np.zeros(0, np.float32), 16_000), "holds no sound"),
+        (sound_file(np.zeros(0, np.float32), 16_000), "has no sound"),
         (np.array([0.0, np.nan] * 500, np.float32), "not all finite"),
         (sound_file(tone(0.5, 500, 50), 500), "500 Hz is out of range"),
         (tone(0.1, 16_000) * 32768, r"its samples reach 16384, expected floats in \[-1, 1\]"),

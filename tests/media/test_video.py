@@ -268,7 +268,7 @@ def test_modality_by_content() -> None:
     image = encoded(Image.new("L", (4, 4)), "PNG")
     sources = (image, video_file(2), video_file(2, sound=tone(0.2, 48_000)), sound_file(tone(0.1, 8000), 8000), voice)
     assert [modality_of(source) for source in sources] == ["image", "video", "video", "audio", "audio"]
-    with pytest.raises(MediaError, match="no video track; it holds only sound"):
+    with pytest.raises(MediaError, match="no video track; it has only sound"):
         open_video(voice, these(0))
     with pytest.raises(MediaError, match="damaged"):
         modality_of(b"junk" * 50)
