@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,12 @@ SMALL_LLM = {
 }  # fmt: skip
 
 
-def small_settings(tokenizer: Path, vocabulary: int = 640, **changes: Any) -> ModelSettings:
-    """A model with 28-pixel images and 32 mel bins or any other number of them."""
+TOKENIZER = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
+"""A sentencepiece tokenizer of 640 tokens."""
+
+
+def small_settings(tokenizer: Path = TOKENIZER, **changes: Any) -> ModelSettings:
+    """A model with 28-pixel images and any number of mel bins that is a multiple of 16."""
     values: dict[str, Any] = {
         "vision": VisionSettings(image_size=28, patch_size=14, width=32, depth=2, heads=4),
         "audio": AudioSettings(config=SMALL_BEATS.model_dump()),
@@ -37,7 +40,7 @@ def small_settings(tokenizer: Path, vocabulary: int = 640, **changes: Any) -> Mo
             width=32, layers=2, heads=4, feed_forward=48, queries=3, dropout=0.0, initializer_range=0.5
         ),
         "language_model": LanguageModelSettings(
-            tokenizer=str(tokenizer), config={**SMALL_LLM, "vocab_size": vocabulary, "initializer_range": 0.3}
+            tokenizer=str(tokenizer), config={**SMALL_LLM, "initializer_range": 0.3}
         ),
         "temporal_positions": TemporalSettings(frames=3, clips=2),
         "max_text_length": 100,
@@ -45,31 +48,9 @@ def small_settings(tokenizer: Path, vocabulary: int = 640, **changes: Any) -> Mo
     return ModelSettings(**{**values, **changes})
 
 
-def small_model(tokenizer: Path, seed: int = 0, **changes: Any) -> Any:
+def small_model(tokenizer: Path = TOKENIZER, seed: int = 0, **changes: Any) -> Any:
     """The model of :func:`small_settings`, in evaluation mode."""
     from lavis_chatbridge.models.chatbridge import ChatBridge
 
     torch.manual_seed(seed)
     return ChatBridge(small_settings(tokenizer, **changes)).eval()
-
-
-def golden_settings(golden: Path, **changes: Any) -> ModelSettings:
-    """The model of a folder of golden numbers, all sizes from its ``config.json``."""
-    sizes = json.loads((golden / "config.json").read_text())
-    vit = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads"}
-    vit |= {name: name for name in ("patch_size", "depth", "mlp_ratio")}
-    qformer = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
-    qformer |= {"feed_forward": "intermediate_size", "cross_attention_every": "cross_attention_freq"}
-    qformer |= {"queries": "num_query_token", "norm_eps": "layer_norm_eps"}
-    values: dict[str, Any] = {
-        "vision": VisionSettings(**{ours: sizes["vit"][theirs] for ours, theirs in vit.items()}),
-        "audio": AudioSettings(config=BeatsConfig.from_dict(sizes["beats"]).model_dump()),
-        "perceiver": PerceiverSettings(
-            dropout=0.0, **{ours: sizes["qformer"][theirs] for ours, theirs in qformer.items()}
-        ),
-        "language_model": LanguageModelSettings(
-            tokenizer=str(golden / "tokenizer"), config={"model_type": "llama", **sizes["llama"]}
-        ),
-        "prompt_layout": "original",
-    }
-    return ModelSettings(**{**values, **changes})

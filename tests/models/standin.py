@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from lavis_chatbridge.models.decoding import Decoder, Generation
 from lavis_chatbridge.models.sampling import Sampling
+from tests.hub_server import running
 
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
 
@@ -56,8 +58,8 @@ class StandIn:
                 return 400, f"`prompt_embeds` hidden_size {width} does not match the model's hidden_size {self.width}."
         return 200, ""
 
-    def chunks(self, body: dict[str, Any], embeds: torch.Tensor) -> Iterator[dict[str, Any]]:
-        """The choices of a streamed reply, one token each."""
+    def events(self, body: dict[str, Any], embeds: torch.Tensor) -> Iterator[str]:
+        """A streamed reply, one token in each event."""
         same = {name: body[name] for name in (*SAME, "logprobs")}
         own = Sampling(max_new_tokens=body["max_tokens"], min_new_tokens=body["min_tokens"], **same)
         elements = [("prompt", i) for i in range(len(embeds))]
@@ -67,59 +69,39 @@ class StandIn:
         with self.lock:  # the decoder is for one thread at a time
             Decoder(self.model).complete([reply])
         for number, token in enumerate(reply.ids):
+            if number == self.dies_after:
+                raise ConnectionError
             logprobs = None
             if own.logprobs is not None:
                 found = reply.logprobs[number]
                 top = {f"token_id:{i}": value for i, value in found.top}
                 logprobs = {"tokens": [f"token_id:{token}"], "token_logprobs": [found.logprob], "top_logprobs": [top]}
-            yield {"index": 0, "text": "?", "token_ids": [token], "logprobs": logprobs}
+            choice = {"index": 0, "text": "?", "token_ids": [token], "logprobs": logprobs}
+            yield f"data: {json.dumps({'choices': [choice]})}\n\n"
+            time.sleep(0.001)
+        yield "data: [DONE]\n\n"
 
 
 @contextmanager
 def serving(standin: StandIn) -> Iterator[str]:
     """Serve it; yields its address."""
+    app = FastAPI()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"data": [{"id": "tiny", "max_model_len": 512}]}
 
-        def do_GET(self) -> None:
-            self.answer(200, {"data": [{"id": "tiny", "max_model_len": 512}]})
+    @app.post("/tokenize")
+    def tokenize(body: dict[str, Any]) -> dict[str, Any]:
+        return {"tokens": standin.tokens or standin.tokenizer.encode(body["prompt"])}
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/tokenize":
-                self.answer(200, {"tokens": standin.tokens or standin.tokenizer.encode(body["prompt"])})
-                return
-            embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
-            status, message = standin.refusal(body, embeds.shape[1], self.headers.get("Authorization"))
-            if status != 200:
-                self.answer(status, {"error": {"message": message}})
-                return
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            for number, choice in enumerate(standin.chunks(body, embeds)):
-                if number == standin.dies_after:
-                    return
-                self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
-                self.wfile.flush()
-                time.sleep(0.001)
-            self.wfile.write(b"data: [DONE]\n\n")
+    @app.post("/v1/completions")
+    def completions(body: dict[str, Any], request: Request) -> Response:
+        embeds = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+        status, message = standin.refusal(body, embeds.shape[1], request.headers.get("Authorization"))
+        if status != 200:
+            return JSONResponse({"error": {"message": message}}, status)
+        return StreamingResponse(standin.events(body, embeds), media_type="text/event-stream")
 
-        def answer(self, status: int, content: Any) -> None:
-            data = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args: Any) -> None:
-            """Log nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    server.shutdown()
+    with running(app) as url:
+        yield f"{url}/v1"

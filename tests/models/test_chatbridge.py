@@ -28,7 +28,6 @@ from lavis_chatbridge.prompting.conversation import (
     Text,
     alignment_prompt,
     chat_prompt,
-    context_of,
 )
 from tests.models.building import small_model, small_settings
 from tests.models.folders import STYLES, write_folder
@@ -36,19 +35,19 @@ from tests.models.replies import tiny
 
 
 @pytest.fixture(scope="module")
-def model(golden_dir: Path) -> Any:
-    return small_model(golden_dir / "tokenizer")
+def model() -> Any:
+    return small_model()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_bars_are_for_terminals(terminal: bool, golden_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bars_are_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(_settings: Any) -> None:
         raise ConfigError(str(bars.is_progress_bar_enabled()))
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setattr(chatbridge, "load_language_model", load)
     with pytest.raises(ConfigError, match=str(terminal)):
-        ChatBridge(small_settings(golden_dir / "tokenizer"))
+        ChatBridge(small_settings())
     assert bars.is_progress_bar_enabled()
 
 
@@ -105,9 +104,8 @@ def test_unequal_media_in_one_batch_change_nothing(model: Any) -> None:
     assert whole["loss"].item() == pytest.approx(total / count, abs=1e-5)
 
 
-def test_a_setting_shows_padding_as_the_original_does(golden_dir: Path) -> None:
-    audio = small_settings(golden_dir).audio.model_copy(update={"mask_padding": False})
-    model = small_model(golden_dir / "tokenizer", audio=audio)
+def test_a_setting_shows_padding_as_the_original_does() -> None:
+    model = small_model(audio=small_settings().audio.model_copy(update={"mask_padding": False}))
     clips = sound(40, size=160)
     samples = {"pieces": [alignment_prompt(["audio"], "rain")]}
     shown = losses(model, {**samples, "audio": [[clips]]})
@@ -129,14 +127,12 @@ def encoder_calls(model: Any, samples: dict[str, Any]) -> tuple[float, list[int]
         return losses(model, samples), calls
 
 
-def test_each_encoder_runs_once_in_bounded_batches_and_not_for_encoded_media(golden_dir: Path, model: Any) -> None:
+def test_each_encoder_runs_once_in_bounded_batches_and_not_for_encoded_media(model: Any) -> None:
     loss, calls = encoder_calls(model, MIXED)
     assert calls == [1 + 2 + 2 + 5, 2 + 2 + 3 + 1]
-    bounded = encoder_calls(small_model(golden_dir / "tokenizer", encoder_batch=3), MIXED)
+    bounded = encoder_calls(small_model(encoder_batch=3), MIXED)
     assert bounded == (pytest.approx(loss, abs=1e-5), [3, 3, 3, 1, 3, 3, 2])
-    encoded = {
-        modality: [model.encode_media(modality, listed) for listed in MIXED[modality]] for modality in MODALITIES
-    }
+    encoded = {name: [model.encode_media(name, listed) for listed in MIXED[name]] for name in MODALITIES}
     assert encoder_calls(model, {**MIXED, **encoded}) == (pytest.approx(loss, abs=1e-5), [])
 
 
@@ -146,9 +142,8 @@ def test_only_named_media_are_encoded(model: Any) -> None:
     assert encoder_calls(model, samples) == (pytest.approx(losses(model, one), abs=1e-6), [1])
 
 
-def test_what_is_frozen_stays_frozen(golden_dir: Path) -> None:
-    model = small_model(golden_dir / "tokenizer")
-    model.train()
+def test_what_is_frozen_stays_frozen() -> None:
+    model = small_model().train()
     assert model.training
     assert model.Qformer.training
     frozen = (model.visual_encoder, model.audio_encoder, model.llama_model, model.ln_vision, model.ln_audio)
@@ -223,16 +218,12 @@ def test_unfit_batches_are_explained(model: Any, samples: dict[str, Any], words:
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_autocast_and_half_precision_stay_near(
-    golden_dir: Path, model: Any, monkeypatch: pytest.MonkeyPatch, slow: bool
-) -> None:
+def test_autocast_and_half_precision_stay_near(model: Any, monkeypatch: pytest.MonkeyPatch, slow: bool) -> None:
     """A CPU without bf16 instructions loads in fp32."""
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: slow)
     expected = losses(model, MIXED)
-    settings = small_settings(golden_dir / "tokenizer")
-    parts = ("vision", "audio", "language_model")
-    halved = {part: getattr(settings, part).model_copy(update={"dtype": "bfloat16"}) for part in parts}
-    half = small_model(golden_dir / "tokenizer", **halved)
+    parts = {name: getattr(small_settings(), name) for name in ("vision", "audio", "language_model")}
+    half = small_model(**{name: part.model_copy(update={"dtype": "bfloat16"}) for name, part in parts.items()})
     expected_dtype = torch.float32 if slow else torch.bfloat16
     assert half.visual_encoder.cls_token.dtype == half.llama_model.dtype == expected_dtype
     assert half.llama_proj.weight.dtype == torch.float32
@@ -275,13 +266,11 @@ def test_chunks_give_what_one_piece_gives(
     torch.testing.assert_close(ours, slope, atol=tolerance, rtol=tolerance)
 
 
-def asked(seed: int, text: str) -> dict[str, Any]:
-    turns = [Message("user", text, ("image",)), Message("assistant", "unseen")]
-    return {"image": [image(seed)], "pieces": chat_prompt(turns)}
-
-
-TEXTS = ("Who?", "What is the colour of the red car?", "Why now, and where?")
-QUESTIONS = batch_of(*(asked(i, text) for i, text in enumerate(TEXTS)))
+QUESTIONS: dict[str, Any] = {
+    "image": [[image(i)] for i in range(3)],
+    "text_input": ["Who?", "What is the colour of the red car?", "Why now, and where?"],
+}
+ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]
 
 
 def test_generation_returns_several_results_and_repeats_them_with_a_seed(model: Any) -> None:
@@ -295,55 +284,43 @@ def test_generation_returns_several_results_and_repeats_them_with_a_seed(model: 
     assert len(found[0]) == 9
 
 
+def checked_scores(model: Any) -> tuple[Tensor, Tensor]:
+    """The scores and lengths of `ANSWERS`; each score is the negative training loss of the same question and answer."""
+    scores, lengths = model.answer_scores(QUESTIONS, ANSWERS)
+    for i, answer in enumerate(ANSWERS):
+        out = model({**QUESTIONS, "text_output": [answer] * 3})
+        assert int(out["target_tokens"]) == 3 * lengths[i]
+        assert out["loss"].item() == pytest.approx(-scores[:, i].mean().item() / int(lengths[i]), abs=1e-4)
+    return scores, lengths
+
+
 @pytest.mark.parametrize("style", ["qwen3", "gemma"])
 def test_a_model_with_the_tokenizers_template(tmp_path: Path, style: str) -> None:
     """Training, generation and ranking use one prompt; a batch that is worded otherwise is refused."""
     model = small_model(write_folder(tmp_path, STYLES[style]), template="tokenizer")
-    picture = [[image()], [image(1)]]
-    asked = {"image": picture, "text_input": ["What is it?", "Is the dog there too?"]}
-    scores, lengths = model.answer_scores(asked, ANSWERS)
-    assert lengths.tolist() == [len(model.template.reply(answer).ids) for answer in ANSWERS]
-    for i, answer in enumerate(ANSWERS):
-        out = model({**asked, "text_output": [answer, answer]})
-        assert out["loss"].item() == pytest.approx(-scores[:, i].sum().item() / (2 * int(lengths[i])), abs=1e-4)
-    assert len(model.generate(asked, max_length=4)) == 2
-    talk = [Message("user", "What is it?", ("image",)), Message("assistant", "red")]
-    worded = {"image": picture[:1], "pieces": [model.template.prompt(talk)]}
+    scores, lengths = checked_scores(model)
+    assert len(model.generate(QUESTIONS, max_length=4)) == 3
+    talk = [Message("user", "Who?", ("image",)), Message("assistant", "red")]
+    worded = {"image": QUESTIONS["image"][:1], "pieces": [model.template.prompt(talk)]}
     assert losses(model, worded) == pytest.approx(-scores[0, 0].item() / int(lengths[0]), abs=1e-4)
+    torch.testing.assert_close(model.answer_scores(worded, ANSWERS)[0], scores[:1], atol=1e-4, rtol=0)
     with pytest.raises(PromptError, match=r"worded as human_assistant: call set_template\(model.template\)"):
-        model({"image": picture[:1], "pieces": [chat_prompt(talk)]})
+        model({**worded, "pieces": [chat_prompt(talk)]})
     with pytest.raises(ConfigError, match="prompt_layout original needs template human_assistant"):
         parse(ModelSettings, {**model.settings.model_dump(), "prompt_layout": "original"}, "model")
 
 
-ANSWERS = ["red", "a red car", "blue", "two", "on the beach", "yes", "no", "a"]
-
-
-def plain_scores(model: Any, samples: dict[str, Any]) -> tuple[torch.Tensor, list[int]]:
-    """``[B, C]`` log-probabilities of `ANSWERS`, each from its own full sequence, and the numbers of tokens."""
-    rows = []
-    for i, pieces in enumerate(samples["pieces"]):
-        prompts = [[*context_of(pieces), Text(answer + "###", target=True)] for answer in ANSWERS]
-        outs = [model({"image": samples["image"][i : i + 1], "pieces": [prompt]}) for prompt in prompts]
-        counts = [int(out["target_tokens"]) for out in outs]
-        rows.append([-out["loss"].item() * count for out, count in zip(outs, counts, strict=True)])
-    return torch.tensor(rows), counts
-
-
-def test_answer_scores_with_a_cache_equal_those_of_full_sequences(model: Any) -> None:
-    expected, counts = plain_scores(model, QUESTIONS)
+def test_answers_are_ranked_by_scores_that_need_one_pass_over_the_prompts(model: Any) -> None:
+    scores, lengths = checked_scores(model)
     read: list[bool] = []
     with model.llama_model.register_forward_pre_hook(lambda *a: read.append("inputs_embeds" in a[2]), with_kwargs=True):
-        found, lengths = model.answer_scores(QUESTIONS, ANSWERS)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert lengths.tolist() == counts
+        likely, _ = model.answer_scores(QUESTIONS, ANSWERS, keep=1)
     assert read.count(True) == 1
+    assert (likely.isfinite().sum(1) == 1).all()
     ranked = {"inference_method": "rank", "answer_list": ANSWERS}
     for power in (0.0, 1.0):
-        best = (expected / torch.tensor(counts) ** power).argmax(1).tolist()
+        best = (scores / lengths**power).argmax(1).tolist()
         assert model.predict_answers(QUESTIONS, **ranked, length_penalty=power) == [ANSWERS[i] for i in best]
-    likely, _ = model.answer_scores(QUESTIONS, ANSWERS, keep=1)
-    assert (likely.isfinite().sum(1) == 1).all()
     found = model.predict_answers(QUESTIONS, **ranked, num_ans_candidates=1)
     assert found == [ANSWERS[i] for i in likely.argmax(1).tolist()]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import Decoder, padded
+from lavis_chatbridge.models.encoders.beats import BeatsConfig
 from lavis_chatbridge.models.layout import PADDING, SOFT, Rows, embed, lay_out, media_of
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.settings import TemporalSettings
@@ -38,7 +39,6 @@ from lavis_chatbridge.prompting.conversation import (
 )
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import learning_rate
-from tests.models.building import golden_settings
 from tests.processors.test_audio import test_fbank_slices  # noqa: F401 (this file checks a golden folder completely)
 from tests.processors.test_pictures import test_frame_indices, test_transforms  # noqa: F401
 
@@ -59,8 +59,26 @@ def facts(golden_dir: Path) -> Callable[[str], dict[str, Any]]:
     return lambda name: json.loads((golden_dir / f"{name}.json").read_text())
 
 
-def load(golden_dir: Path, file: Path | None = None, **changes: Any) -> Any:
-    model = ChatBridge(golden_settings(golden_dir, **changes))
+VIT = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads"}
+VIT |= {name: name for name in ("patch_size", "depth", "mlp_ratio")}
+QFORMER = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads"}
+QFORMER |= {"feed_forward": "intermediate_size", "cross_attention_every": "cross_attention_freq"}
+QFORMER |= {"queries": "num_query_token", "norm_eps": "layer_norm_eps"}
+
+
+def load(golden_dir: Path, file: Path | None = None, times: TemporalSettings | None = None) -> Any:
+    """The recorded model, of the sizes in ``config.json``."""
+    sizes = json.loads((golden_dir / "config.json").read_text())
+    perceiver = {ours: sizes["qformer"][theirs] for ours, theirs in QFORMER.items()}
+    settings = {
+        "vision": {ours: sizes["vit"][theirs] for ours, theirs in VIT.items()},
+        "audio": {"config": BeatsConfig.from_dict(sizes["beats"]).model_dump()},
+        "perceiver": {"dropout": 0.0, **perceiver},
+        "language_model": {"tokenizer": str(golden_dir / "tokenizer"), "config": sizes["llama"]},
+        "prompt_layout": "original",
+        "temporal_positions": times,
+    }
+    model = ChatBridge.from_config(settings)
     model.load_checkpoint(str(file or golden_dir / "chatbridge_state.safetensors"))
     return model.eval()
 
@@ -97,7 +115,6 @@ def test_state_dict_has_the_originals_names(model: Any, facts: Callable) -> None
     assert sorted(model.trainable_state_dict()) == sorted(trained)
 
 
-@torch.no_grad()
 def test_beats(model: Any, tensors: Callable, golden_dir: Path) -> None:
     beats, golden = model.audio_encoder, tensors("beats")
     stacks = np.load(golden_dir / "audio" / "fbank_slices.npz")
@@ -114,7 +131,6 @@ def _clip_of(case: str, stored: Any) -> str:
     return next(name for end in (".slice0", ".n1") for name in names if name.endswith(end))
 
 
-@torch.no_grad()
 def test_beats_with_a_padding_mask(model: Any, tensors: Callable) -> None:
     """The library's waveform entry: 128 mel bins, and a mask that is thinned out twice."""
     beats, golden = model.audio_encoder, tensors("beats")
@@ -128,7 +144,6 @@ def test_beats_with_a_padding_mask(model: Any, tensors: Callable) -> None:
     near(beats.encoder(beats.post_extract_proj(patches), ~padding), golden["wavpath.output"], LAYERED)
 
 
-@torch.no_grad()
 def test_eva_vit(model: Any, tensors: Callable) -> None:
     golden = tensors("eva_vit")
     after = []
@@ -143,7 +158,6 @@ def test_eva_vit(model: Any, tensors: Callable) -> None:
         near(block, golden[f"after_block{i}"], ALONE, f"block {i}")
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("case", ["image", "video", "audio"])
 def test_perceiver(model: Any, tensors: Callable, case: str) -> None:
     golden = {name.removeprefix(f"{case}."): t for name, t in tensors("perceiver").items() if name.startswith(case)}
@@ -175,7 +189,6 @@ def query_embeddings(model: Any, modality: str, values: Tensor) -> Tensor:
     return soft.unflatten(0, (len(values), -1))
 
 
-@torch.no_grad()
 def test_encode(model: Any, tensors: Callable) -> None:
     golden = tensors("encode")
     special = ("encode_img.image5d_n1", "encode_img.stage3_video")
@@ -187,14 +200,12 @@ def test_encode(model: Any, tensors: Callable) -> None:
     near(query_embeddings(model, *inputs(tensors, "video")), golden["encode_img.stage3_video"], LAYERED, "stage 3")
 
 
-@torch.no_grad()
 def test_multi_sample(tensors: Callable, golden_dir: Path, tmp_path: Path) -> None:
     golden = tensors("multi_sample")
     tables = {f"{name}_temporal_pos_embeds": golden[f"{name}_temporal_pos_embeds"] for name in ("visual", "audio")}
     frames, clips = (table.shape[1] for table in tables.values())
     torch.save({"model": {**tensors("chatbridge_state"), **tables}}, tmp_path / "all.pth")
-    times = TemporalSettings(frames=frames, clips=clips)
-    model = load(golden_dir, tmp_path / "all.pth", temporal_positions=times)
+    model = load(golden_dir, tmp_path / "all.pth", TemporalSettings(frames=frames, clips=clips))
     for name in (name for name in golden if name.startswith("encode_")):
         near(query_embeddings(model, *inputs(tensors, name.split(".")[1])), golden[name], LAYERED, name)
 
@@ -238,13 +249,9 @@ def by_hand(conversation: str, modalities: list[Any]) -> list[Piece]:
     return pieces
 
 
-def laid_out(model: Any, samples: dict[str, Any]) -> tuple[Rows, Tensor]:
-    soft, ranges = model.soft_tokens(samples["pieces"], media_of(samples))
-    return lay_out(samples["pieces"], ranges, model.llama_tokenizer, "original", model.max_text_length), soft
-
-
 def check_losses(model: Any, samples: dict[str, Any], golden: dict[str, Tensor], name: str) -> tuple[Rows, Tensor]:
-    rows, soft = laid_out(model, samples)
+    soft, ranges = model.soft_tokens(samples["pieces"], media_of(samples))
+    rows = lay_out(samples["pieces"], ranges, model.llama_tokenizer, "original", model.max_text_length)
     assert torch.equal(rows.labels, golden[f"{name}.labels"]), name
     assert torch.equal(rows.attention_mask, golden[f"{name}.attention_mask"]), name
     embeds = embed(rows, soft, model.llama_model.get_input_embeddings())
@@ -260,7 +267,6 @@ def check_losses(model: Any, samples: dict[str, Any], golden: dict[str, Tensor],
     return rows, embeds
 
 
-@torch.no_grad()
 def test_stage1(model: Any, tensors: Callable, facts: Callable) -> None:
     golden = tensors("stage1")
     for name, case in facts("stage1").items():
@@ -271,7 +277,6 @@ def test_stage1(model: Any, tensors: Callable, facts: Callable) -> None:
             near(logits[:, -8:], golden[f"{name}.logits_last8"], LAYERED, name)
 
 
-@torch.no_grad()
 def test_stage2(model: Any, tensors: Callable, facts: Callable) -> None:
     golden = tensors("stage2")
     assert {SOFT, PADDING} == {-1, -2}
@@ -340,7 +345,6 @@ def asked(tensors: Callable, case: str, prompt: str) -> dict[str, Any]:
     return {"pieces": [pieces], **{modality: values[:1] for modality, values in named}}
 
 
-@torch.no_grad()
 def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
     golden = tensors("generate")
     cases = {name: case for name, case in facts("generate").items() if "greedy_ids" in case}
@@ -357,7 +361,6 @@ def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
         assert reply.ids == case["greedy_ids"], name
 
 
-@torch.no_grad()
 def test_a_batch_of_prompts(model: Any, tensors: Callable, facts: Callable) -> None:
     golden, case = tensors("generate"), facts("generate")["batch_prompt"]
     before, after = case["prompt"].split("<query>")
@@ -385,25 +388,17 @@ def test_caption_cleaning(facts: Callable) -> None:
         assert clean_caption(case["text"]) == case["cleaned"]
 
 
-def learning_rates(facts: Callable, schedule: str) -> tuple[dict[str, Any], list[float], list[float]]:
-    """The original's settings and rates, and ours with these settings."""
+@pytest.mark.parametrize("schedule", ["linear_warmup_cosine_lr", "original"])
+def test_learning_rates(facts: Callable, schedule: str) -> None:
+    """With ``original`` every rate is the original's; else its ramp does not restart with the second epoch."""
     config, lrs = (facts("data_rules")["lr_schedule"][name] for name in ("config", "lrs"))
-    keys = {"init_lr": "init_lr", "min_lr": "min_lr", "warmup_steps": "warmup_steps", "warmup_lr": "warmup_start_lr"}
-    values = {ours: config[theirs] for ours, theirs in keys.items()}
-    run = RunSettings(task="chatbridge_alignment", max_iters=len(lrs), lr_sched=schedule, **values)
-    return config, lrs, [learning_rate(run, step, len(lrs), config["iters_per_epoch"]) for step in range(len(lrs))]
-
-
-def test_learning_rate_ramp(facts: Callable) -> None:
-    """The first epoch's ramp is the original's; it does not restart with the second epoch, as the original's does."""
-    config, lrs, ours = learning_rates(facts, "linear_warmup_cosine_lr")
+    values = {name: config[name] for name in ("init_lr", "min_lr", "warmup_steps")} | {"lr_sched": schedule}
+    run = RunSettings(task="chatbridge_alignment", warmup_lr=config["warmup_start_lr"], max_iters=len(lrs), **values)
+    ours = [learning_rate(run, step, len(lrs), config["iters_per_epoch"]) for step in range(len(lrs))]
+    if schedule == "original":
+        assert ours == pytest.approx(lrs, rel=1e-9)
+        return
     ramp = min(config["iters_per_epoch"], config["warmup_steps"])
     assert ours[:ramp] == pytest.approx(lrs[:ramp], rel=1e-6)
     assert ours[config["warmup_steps"]] == pytest.approx(config["init_lr"])
     assert all(a < b for a, b in pairwise(ours[: config["warmup_steps"] + 1]))
-
-
-def test_the_originals_learning_rates(facts: Callable) -> None:
-    """With ``lr_sched: original`` every rate is the original's, its restarted ramp included."""
-    _, lrs, ours = learning_rates(facts, "original")
-    assert ours == pytest.approx(lrs, rel=1e-9)

@@ -17,9 +17,8 @@ from lavis_chatbridge.plugin.export_llm import export
 from tests.models.building import small_model, small_settings
 
 
-def with_lora(tokenizer: Path, **changes: Any) -> LanguageModelSettings:
-    own = small_settings(tokenizer).language_model
-    return LanguageModelSettings(tokenizer=own.tokenizer, config=own.config, lora=LoraSettings(**changes))
+def with_lora(**changes: Any) -> LanguageModelSettings:
+    return small_settings().language_model.model_copy(update={"lora": LoraSettings(**changes)})
 
 
 def logits(language_model: Any) -> Tensor:
@@ -28,12 +27,9 @@ def logits(language_model: Any) -> Tensor:
         return language_model(inputs_embeds=torch.randn(1, 6, 32)).logits
 
 
-def test_adapters_alone_are_trained_in_fp32_beside_half_precision(
-    golden_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adapters_alone_are_trained_in_fp32_beside_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
-    half = with_lora(golden_dir / "tokenizer", dropout=0.5).model_copy(update={"dtype": "bfloat16"})
-    model = small_model(golden_dir / "tokenizer", language_model=half)
+    model = small_model(language_model=with_lora(dropout=0.5).model_copy(update={"dtype": "bfloat16"}))
     own = dict(model.llama_model.named_parameters())
     trained = {name for name, parameter in own.items() if parameter.requires_grad}
     assert trained == {name for name in own if lora.is_adapter(name)}
@@ -50,13 +46,12 @@ def test_adapters_alone_are_trained_in_fp32_beside_half_precision(
         assert not model.llama_model.training
 
 
-def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir: Path, tmp_path: Path) -> None:
-    tokenizer = golden_dir / "tokenizer"
-    plain = small_model(tokenizer, seed=3)
+def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(tmp_path: Path) -> None:
+    plain = small_model(seed=3)
     state_dicts.save(tmp_path / "bridge.safetensors", plain.trainable_state_dict())
     torch.save({"model": plain.state_dict()}, tmp_path / "whole.pth")
     for name in ("bridge.safetensors", "whole.pth"):
-        model = small_model(tokenizer, seed=4, language_model=with_lora(tokenizer))
+        model = small_model(seed=4, language_model=with_lora())
         model.load_checkpoint(str(tmp_path / name))
         assert torch.equal(model.llama_proj.weight, plain.llama_proj.weight)
         assert torch.equal(logits(model.llama_model), logits(plain.llama_model)) == (name == "whole.pth")
@@ -72,43 +67,40 @@ def test_a_bridge_without_adapters_goes_into_a_model_with_fresh_ones(golden_dir:
         ({"rank": 4, "target_modules": ("o_proj",)}, "the model's: rank 4, alpha 16 on o_proj"),
     ],
 )
-def test_other_adapters_are_refused(golden_dir: Path, tmp_path: Path, changes: Any, message: str) -> None:
-    tokenizer = golden_dir / "tokenizer"
-    model = small_model(tokenizer, language_model=with_lora(tokenizer, rank=4))
+def test_other_adapters_are_refused(tmp_path: Path, changes: Any, message: str) -> None:
+    model = small_model(language_model=with_lora(rank=4))
     path, own = tmp_path / "lora.safetensors", {"lora": lora.describe(model)}
     state_dicts.save(path, model.trainable_state_dict(), own)
-    other = small_model(tokenizer, **({} if changes is None else {"language_model": with_lora(tokenizer, **changes)}))
+    other = small_model(**({} if changes is None else {"language_model": with_lora(**changes)}))
     with pytest.raises(CheckpointError, match=message):
         other.load_checkpoint(str(path))
     state_dicts.save(path, model.trainable_state_dict())  # without a description, the tensors must fit
     if changes is None or "alpha" not in changes:
         with pytest.raises(CheckpointError, match=r"does not fit this model: .*lora_A"):
             other.load_checkpoint(str(path))
-    same = small_model(tokenizer, seed=9, language_model=with_lora(tokenizer, rank=4))
+    same = small_model(seed=9, language_model=with_lora(rank=4))
     same.load_checkpoint(str(path))
     assert all(torch.equal(t, same.trainable_state_dict()[n]) for n, t in model.trainable_state_dict().items())
 
 
 @pytest.mark.parametrize("target", ["query", "embed_tokens"])
-def test_layers_that_take_no_adapter(golden_dir: Path, target: str) -> None:
-    settings = with_lora(golden_dir / "tokenizer", target_modules=("q_proj", target))
+def test_layers_that_take_no_adapter(target: str) -> None:
+    settings = with_lora(target_modules=("q_proj", target))
     with pytest.raises(ConfigError, match=rf"target_modules: found {target}, expected linear layers .*: .*q_proj"):
         language_model.load_language_model(settings)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_merged_language_model_has_the_logits_of_the_adapted_one(
-    golden_dir: Path, tmp_path: Path, tied: bool
-) -> None:
+def test_the_merged_language_model_has_the_logits_of_the_adapted_one(tmp_path: Path, tied: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    own = with_lora(golden_dir / "tokenizer", target_modules=("q_proj", "down_proj", "lm_head"))
+    own = with_lora(target_modules=("q_proj", "down_proj", "lm_head"))
     own = own.model_copy(update={"config": {**(own.config or {}), "tie_word_embeddings": tied}})
-    model = small_model(golden_dir / "tokenizer", language_model=own)
+    model = small_model(language_model=own)
     for name, parameter in model.llama_model.named_parameters():
         if lora.is_adapter(name):
             torch.nn.init.normal_(parameter, std=0.2)
-    plain = small_model(golden_dir / "tokenizer", language_model=own)
+    plain = small_model(language_model=own)
     expected = logits(model.llama_model)
     assert not torch.allclose(expected, logits(plain.llama_model), atol=0.1)
     embeddings = model.llama_model.get_input_embeddings().weight.clone()

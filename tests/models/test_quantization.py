@@ -18,7 +18,7 @@ from lavis_chatbridge.models import lora
 from lavis_chatbridge.models.settings import LanguageModelSettings, LoraSettings
 from lavis_chatbridge.prompting.conversation import alignment_prompt
 from lavis_chatbridge.runners import checkpoints, distributed
-from tests.models.building import small_model
+from tests.models.building import TOKENIZER, small_model
 
 LAYERS = 2
 SIZES = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
@@ -44,14 +44,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def tokenizer(golden_dir: Path) -> Path:
-    return golden_dir / "tokenizer"
-
-
-def bridge(folder: Path, tokenizer: Path, how: Any, **more: Any) -> Any:
-    own = LanguageModelSettings(weights=str(folder), tokenizer=str(tokenizer), quantization=how, **more)
-    return small_model(tokenizer, language_model=own)
+def bridge(folder: Path, how: Any, **more: Any) -> Any:
+    own = LanguageModelSettings(weights=str(folder), tokenizer=str(TOKENIZER), quantization=how, **more)
+    return small_model(language_model=own)
 
 
 def frozen(model: Any) -> dict[str, Tensor]:
@@ -77,10 +72,10 @@ def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
     ("how", "dtype", "near"), [("8bit", "float32", 0.1), ("8bit", "float16", 0.1), ("4bit", "float32", 0.3)]
 )
 def test_loss_and_gradients_are_near_those_of_all_bits(
-    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, how: Any, dtype: Any, near: float
+    folder: Path, monkeypatch: pytest.MonkeyPatch, how: Any, dtype: Any, near: float
 ) -> None:
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
-    plain, model = bridge(folder, tokenizer, None), bridge(folder, tokenizer, how, dtype=dtype)
+    plain, model = bridge(folder, None), bridge(folder, how, dtype=dtype)
     quantised = (Linear4bit, Linear8bitLt)
     assert sum(isinstance(layer, quantised) for layer in model.llama_model.modules()) == 7 * LAYERS
     (loss, expected), (own_loss, found) = gradients(plain), gradients(model)
@@ -89,17 +84,15 @@ def test_loss_and_gradients_are_near_those_of_all_bits(
     assert found.keys() == expected.keys()
     ours, theirs = (torch.cat([t[name].flatten() for name in expected]) for t in (found, expected))
     assert (ours - theirs).norm() / theirs.norm() < near  # a wrong scale or layer gives an error of about 1
-    own, again, other = (checkpoints.frozen_hashes(m, []) for m in (model, bridge(folder, tokenizer, how), plain))
+    own, again, other = (checkpoints.frozen_hashes(m, []) for m in (model, bridge(folder, how), plain))
     assert own == again
     assert {part for part in own if own[part] != other[part]} == {"llama_model"}
 
 
-def test_a_validation_leaves_gradients_whole_on_a_cpu_with_bf16(
-    folder: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_validation_leaves_gradients_whole_on_a_cpu_with_bf16(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """bitsandbytes repacks 4-bit layers there as soon as they run without gradients, which they then no longer have."""
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    model = bridge(folder, tokenizer, "4bit")
+    model = bridge(folder, "4bit")
     loss, expected = gradients(model)
     with torch.no_grad():
         assert model(SAMPLES)["loss"].item() == pytest.approx(loss, abs=1e-5)
@@ -110,8 +103,8 @@ def test_a_validation_leaves_gradients_whole_on_a_cpu_with_bf16(
 
 @BOTH
 @pytest.mark.parametrize("adapters", [None, LoraSettings(rank=4, target_modules=("q_proj", "down_proj"))])
-def test_training_lowers_the_loss_and_leaves_the_codes(folder: Path, tokenizer: Path, how: Any, adapters: Any) -> None:
-    model = bridge(folder, tokenizer, how, lora=adapters)
+def test_training_lowers_the_loss_and_leaves_the_codes(folder: Path, how: Any, adapters: Any) -> None:
+    model = bridge(folder, how, lora=adapters)
     before = frozen(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     beside = [name for name in trained if lora.is_adapter(name)]
@@ -132,13 +125,13 @@ def test_training_lowers_the_loss_and_leaves_the_codes(folder: Path, tokenizer: 
 
 
 @BOTH
-def test_a_bridge_loads_into_any_precision(folder: Path, tokenizer: Path, tmp_path: Path, how: Any) -> None:
-    model = bridge(folder, tokenizer, how)
+def test_a_bridge_loads_into_any_precision(folder: Path, tmp_path: Path, how: Any) -> None:
+    model = bridge(folder, how)
     with torch.no_grad():
         model.llama_proj.weight.add_(1)
     kept = model.trainable_state_dict()
     save_file(kept, tmp_path / "bridge.safetensors")
-    plain = bridge(folder, tokenizer, None)
+    plain = bridge(folder, None)
     plain.load_checkpoint(str(tmp_path / "bridge.safetensors"))
     assert same(kept, plain.trainable_state_dict())
     assert plain(SAMPLES)["loss"].item() == pytest.approx(model(SAMPLES)["loss"].item(), rel=0.05)
@@ -149,6 +142,6 @@ def test_a_bridge_loads_into_any_precision(folder: Path, tokenizer: Path, tmp_pa
     assert same(codes, frozen(model))
 
 
-def test_a_quantised_model_is_not_sharded(folder: Path, tokenizer: Path) -> None:
+def test_a_quantised_model_is_not_sharded(folder: Path) -> None:
     with pytest.raises(ConfigError, match="fsdp cannot shard a quantised language model"):
-        distributed._shard(bridge(folder, tokenizer, "8bit").blocks(), torch.device("cpu"))
+        distributed._shard(bridge(folder, "8bit").blocks(), torch.device("cpu"))

@@ -13,14 +13,12 @@ import torch
 from lavis_chatbridge.chat import Conversation, Session, load_model
 from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models import remote
-from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.remote import RemoteLanguageModel, load_remote
 from tests.chat.building import picture, sound
 from tests.models.replies import Letters, answers, prompt, reply, tiny
 from tests.models.standin import StandIn, serving
 from tests.models.test_families import SUPPORTED
 
-OPTIONS = ("model.checkpoint=null",)
 ASKED = {"images": [picture()], "audios": [sound()]}
 
 
@@ -44,23 +42,22 @@ def standin(shared: tuple[StandIn, str], monkeypatch: pytest.MonkeyPatch) -> Sta
     return shared[0]
 
 
-@pytest.fixture(scope="module")
-def model(shared: tuple[StandIn, str]) -> tuple[ChatBridge, Any]:
-    return load_model("tiny", device="cpu", engine=shared[1])
-
-
 @pytest.fixture
-def session(model: tuple[ChatBridge, Any], standin: StandIn) -> Session:
-    return Session(*model)
+def session(shared: tuple[StandIn, str], standin: StandIn) -> Session:
+    return open_on(shared[1])
 
 
-def test_only_the_embedding_table_is_loaded(model: tuple[ChatBridge, Any], local: Session, tmp_path: Path):
-    own = model[0].llama_model
+def open_on(url: str) -> Session:
+    return Session(*load_model("tiny", device="cpu", engine=url))
+
+
+def test_only_the_embedding_table_is_loaded(session: Session, local: Session, tmp_path: Path):
+    own = session.model.llama_model
     assert isinstance(own, RemoteLanguageModel)
     assert sum(p.numel() for p in own.parameters()) == local.model.llama_model.get_input_embeddings().weight.numel()
-    assert Session(*model).engine.max_context == 512
+    assert session.engine.max_context == 512
     with pytest.raises(CheckpointError, match="no embedding table"):
-        remote._embedding_table(tmp_path)
+        load_remote("", tmp_path, Letters(), torch.float32)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_many_at_once_and_a_busy_engine(session: Session, standin: StandIn, loca
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda one: session.engine.reply(one).answer.text, asked))
     assert found == [local.engine.reply(one).answer.text for one in asked]
-    assert len(standin.requests) == 16 + 3
+    assert len(standin.requests) == 1 + 16 + 3  # the first when the model was loaded
 
 
 def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Session, standin: StandIn):
@@ -117,7 +114,7 @@ def test_a_cancelled_reply_and_an_engine_that_is_lost_and_comes_back(session: Se
     assert stream.answer.tokens < 400
     session.clear()
     standin.dies_after = 2
-    with pytest.raises(EngineError, match=r"was lost in the middle of a reply|ended the reply early"):
+    with pytest.raises(EngineError, match="was lost in the middle of a reply"):
         session.ask("hello", ignore_eos=True, max_new_tokens=20)
     assert session.messages == ()
     standin.dies_after = 1000
@@ -139,10 +136,10 @@ def test_an_engine_that_does_not_fit_is_refused_when_the_model_is_loaded(
 ):
     setattr(standin, name, value)
     with pytest.raises(EngineError, match=message):
-        load_model("tiny", OPTIONS, "cpu", shared[1])
+        open_on(shared[1])
     if name == "key":
         monkeypatch.setenv(remote.KEY, value)
-        assert Session(*load_model("tiny", OPTIONS, "cpu", shared[1])).ask("hello").tokens >= 1
+        assert open_on(shared[1]).ask("hello").tokens >= 1
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma3_text", "granite", "gpt2", "gpt_neox", "opt", "bloom"])

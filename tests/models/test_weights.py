@@ -23,7 +23,6 @@ from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.processors import load_processors
 from tests.hub_server import HubServer, serving
 from tests.media.making import sound_file, video_file
-from tests.models.building import small_settings
 from tests.models.encoders import architectures
 from tests.models.folders import STYLES, write_folder
 
@@ -148,12 +147,3 @@ def test_all_missing_weights_are_named_before_the_model_is_built() -> None:
         ChatBridge.from_config(parts)
     assert all(f"model.{part}.weights: /no/{part}" in str(caught.value) for part in parts)
     assert "\n" not in str(caught.value)
-
-
-def test_the_tiny_model_without_weights(golden_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    language_model = small_settings(golden_dir / "tokenizer").language_model.model_dump()
-    bare = {part: {"weights": None} for part in ("vision", "audio")} | {"language_model": language_model}
-    tiny = OmegaConf.load(weights.config_path("tiny")).model
-    model = ChatBridge.from_config(OmegaConf.merge(tiny, bare, {"checkpoint": None}))
-    assert "knows nothing outside that world" in caplog.text
-    assert model.image_query_tokens.shape == (1, 8, 128)
