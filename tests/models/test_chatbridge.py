@@ -29,9 +29,8 @@ from lavis_chatbridge.prompting.conversation import (
     alignment_prompt,
     chat_prompt,
 )
-from tests.models.building import small_model, small_settings
+from tests.models.building import small_model, small_settings, tiny
 from tests.models.folders import STYLES, write_folder
-from tests.models.replies import tiny
 
 
 @pytest.fixture(scope="module")

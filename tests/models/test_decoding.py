@@ -16,8 +16,8 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.decoding import Decoder, Generation, Prefix, TextStream
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import load_tokenizer
+from tests.models.building import Letters, answers, prompt, reply, tiny
 from tests.models.folders import STYLES, write_folder
-from tests.models.replies import Letters, answers, prompt, reply, tiny
 
 
 @pytest.fixture(scope="module")
@@ -160,12 +160,9 @@ def test_beams_end_at_stop_texts_and_keep_to_the_fewest_tokens(model: Any) -> No
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens is 0, expected more than 0"),
         ({"temperature": math.inf}, "temperature is inf, expected at most 100"),
-        ({"top_p": 0}, "top_p is 0"),
         ({"num_beams": 2, "temperature": 1}, "a search, but temperature 1.0 asks for sampling"),
         ({"num_return_sequences": 3}, "raise num_beams, or set a temperature"),
-        ({"num_beams": 2, "length_penalty": 1000}, "length_penalty is 1000, expected at most 10"),
         ({"num_beams": 2, "presence_penalty": 1}, "presence_penalty and frequency_penalty are not for beam search"),
     ],
 )

@@ -15,7 +15,7 @@ from lavis_chatbridge.errors import CheckpointError, ConfigError, EngineError
 from lavis_chatbridge.models import remote
 from lavis_chatbridge.models.remote import RemoteLanguageModel, load_remote
 from tests.chat.building import picture, sound
-from tests.models.replies import Letters, answers, prompt, reply, tiny
+from tests.models.building import Letters, answers, prompt, reply, tiny
 from tests.models.standin import StandIn, serving
 from tests.models.test_families import SUPPORTED
 

@@ -16,6 +16,7 @@ from lavis_chatbridge.errors import ConfigError, PromptError
 from lavis_chatbridge.models.templates import TEMPLATES, break_up, load_template
 from lavis_chatbridge.models.tokenizer import Tokenizer, load_tokenizer
 from lavis_chatbridge.prompting.conversation import Message, Piece, Text
+from tests.models.building import TOKENIZER
 from tests.models.folders import STYLES, write_folder
 
 QUESTIONS = ("What is the colour of the car?", "Is it heard twice?", "And the dog?")
@@ -51,13 +52,8 @@ def rendered(folder: Path, messages: Sequence[Message], generate: bool) -> list[
     return own(text, add_special_tokens=False)["input_ids"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(golden_dir: Path) -> Tokenizer:
-    return load_tokenizer(golden_dir / "tokenizer")
-
-
-def test_human_assistant(tokenizer: Tokenizer) -> None:
-    template = load_template("human_assistant", tokenizer, "Be brief.")
+def test_human_assistant() -> None:
+    template = load_template("human_assistant", load_tokenizer(TOKENIZER), "Be brief.")
     assert shown(template.prompt(MEDIA, generate=True)) == (
         "Be brief.###Human: Given following video: [video 0] and its background audio: [audio 0] and image: "
         "[image 0].###Human: What is it?###Assistant:A red car.###Human: Given following image: [image 1]."
@@ -67,7 +63,8 @@ def test_human_assistant(tokenizer: Tokenizer) -> None:
     assert template.prompt(TALK[:2], reply_end="\n###")[-1] == Text("A red car.\n###", target=True)
 
 
-def test_vicuna_v1(tokenizer: Tokenizer) -> None:
+def test_vicuna_v1() -> None:
+    tokenizer = load_tokenizer(TOKENIZER)
     template = load_template("vicuna_v1", tokenizer)
     assert shown(template.prompt(MEDIA, generate=True)).endswith(
         "to the user's questions. USER: Given following video: [video 0] and its background audio: [audio 0] and "

@@ -13,12 +13,12 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tokenizers import Tokenizer
 
 from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.models import language_model
 from lavis_chatbridge.models.templates import load_template
 from lavis_chatbridge.models.tokenizer import load_tokenizer
+from tests.chat.building import TINY_TOKENIZER
+from tests.models.building import TOKENIZER
 from tests.models.folders import STYLES, write_folder
 
-TINY = Path(language_model.__file__).parent.parent / "assets" / "tiny" / "llm"
 TEXTS = (" and image: ", "  two  blanks ", "What is it?", "é 🎈\n\n", "x", "", ". And its background audio: ")
 
 
@@ -57,9 +57,9 @@ def test_bos_end_and_padding(tmp_path: Path) -> None:
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (7, 9, 9)
 
 
-def test_the_original_sentencepiece_file_gives_the_ids_of_sentencepiece(golden_dir: Path) -> None:
-    tokenizer = load_tokenizer(golden_dir / "tokenizer")
-    own = SentencePieceProcessor(model_file=str(golden_dir / "tokenizer" / "tokenizer.model"))
+def test_the_original_sentencepiece_file_gives_the_ids_of_sentencepiece() -> None:
+    tokenizer = load_tokenizer(TOKENIZER)
+    own = SentencePieceProcessor(model_file=str(TOKENIZER / "tokenizer.model"))
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, len(tokenizer)) == (1, 2, 2, 640)
     assert tokenizer.decode([1, *tokenizer.encode("a dog"), 2, 700]) == "a dog"
     assert tokenizer.encode_marked("a</s>")[-1] == 2
@@ -83,9 +83,9 @@ def test_a_sentencepiece_file_of_another_algorithm_is_refused(tmp_path: Path) ->
         load_tokenizer(tmp_path)
 
 
-def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: Path, tmp_path: Path) -> None:
+def test_added_tokens_end_and_template_beside_a_sentencepiece_file(tmp_path: Path) -> None:
     """As in chat models that grew out of LLaMA: tokens behind its vocabulary, one of them the end."""
-    shutil.copy(golden_dir / "tokenizer" / "tokenizer.model", tmp_path)
+    shutil.copy(TOKENIZER / "tokenizer.model", tmp_path)
     added = {"640": {"content": "<|end|>", "special": True}, "641": {"content": "<obj>", "special": False}}
     rendered = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
     rendered += "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -101,8 +101,8 @@ def test_added_tokens_end_and_template_beside_a_sentencepiece_file(golden_dir: P
     assert (template.reply("b").ids or ())[-1] == 640
 
 
-def test_half_a_character_is_read_as_the_replacement_character(golden_dir: Path) -> None:
-    for tokenizer in (load_tokenizer(golden_dir / "tokenizer"), load_tokenizer(TINY)):
+def test_half_a_character_is_read_as_the_replacement_character() -> None:
+    for tokenizer in (load_tokenizer(TOKENIZER), load_tokenizer(TINY_TOKENIZER)):
         assert tokenizer.encode("a\ud800b") == tokenizer.encode("a\N{REPLACEMENT CHARACTER}b")
         assert tokenizer.encode("a\ud83d\ude00") == tokenizer.encode("a\N{GRINNING FACE}")
 

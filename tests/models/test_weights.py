@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperFeatureExtractor
 
 from lavis_chatbridge import cli
@@ -21,8 +19,8 @@ from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import weights
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.processors import load_processors
+from tests.chat.building import png, sound, video
 from tests.hub_server import HubServer, serving
-from tests.media.making import sound_file, video_file
 from tests.models.encoders import architectures
 from tests.models.folders import STYLES, write_folder
 
@@ -72,10 +70,10 @@ def test_a_shipped_type_from_an_empty_cache_answers_about_every_modality(hub: Hu
     environment["HF_HUB_OFFLINE"] = "1"
     assert run("-m", "lavis_chatbridge.cli", "weights", "list", "--model-type", "small").count("  cached ") == 3
 
-    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(tmp_path / "a.png")
-    (tmp_path / "a.mp4").write_bytes(video_file(8))
-    (tmp_path / "a.wav").write_bytes(sound_file(np.sin(np.arange(48_000) / 9).astype(np.float32), 16_000))
-    printed = run("-c", ASK, *(str(tmp_path / name) for name in ("a.png", "a.mp4", "a.wav")))
+    media = {tmp_path / "a.png": png(), tmp_path / "a.mp4": video(), tmp_path / "a.wav": sound()}
+    for path, content in media.items():
+        path.write_bytes(content)
+    printed = run("-c", ASK, *map(str, media))
     found = json.loads(printed.rpartition("RESULT ")[2])
     assert found["mean"] == [0.5] * 3
     assert found["rate"] == 16_000

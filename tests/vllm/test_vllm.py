@@ -30,7 +30,7 @@ from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.toyworld.world import scenes
 from tests.chat.building import TINY_TOKENIZER
 from tests.chat.test_engine import FIVE, files_of
-from tests.models.replies import answers, prompt, reply, tiny
+from tests.models.building import answers, prompt, reply, tiny
 
 COMMAND = os.environ.get("CHATBRIDGE_VLLM", "")
 pytestmark = pytest.mark.skipif(not COMMAND, reason="make test-vllm has an environment with vLLM")

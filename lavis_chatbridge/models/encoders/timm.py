@@ -54,9 +54,9 @@ def build_vision(settings: VisionSettings) -> TimmVision:
     name = settings.name or described.get("architecture")
     if name is None:
         raise ConfigError("model.vision.name is null, and config.json does not name an architecture of timm")
-    sizes, data = described.get("model_args") or {}, described.get("pretrained_cfg")
+    sizes = {**(described.get("model_args") or {}), "num_classes": 0}  # without the head
     try:
-        model: Any = timm.create_model(name, num_classes=0, pretrained_cfg=data, **sizes)
+        model: Any = timm.create_model(name, pretrained_cfg=described.get("pretrained_cfg"), **sizes)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"model.vision.name: timm cannot build {name!r}: {error}") from error
     dtype = torch_dtype(settings.dtype)

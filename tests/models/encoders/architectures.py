@@ -38,7 +38,6 @@ def vision(name: str, folder: Path, seed: int = 0) -> VisionSettings:
 
 def _save_timm(name: str, folder: Path) -> None:
     import timm
-    from safetensors.torch import save_file
 
     architectures: dict[str, tuple[str, dict[str, Any]]] = {
         "vit": ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}),
@@ -46,13 +45,9 @@ def _save_timm(name: str, folder: Path) -> None:
         "convnext": ("test_convnext", {}),
     }
     architecture, sizes = architectures[name]
-    model = timm.create_model(architecture, num_classes=7, **sizes)
-    described = {"architecture": architecture, "model_args": sizes, "num_classes": 7}
-    described["pretrained_cfg"] = {"input_size": [3, 32, 32], "mean": [0.4] * 3, "std": [0.2] * 3}
-    described["pretrained_cfg"] |= {"classifier": model.pretrained_cfg["classifier"], "fixed_input_size": name == "vit"}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(described))
-    save_file(model.state_dict(), folder / "model.safetensors")
+    frames = {"input_size": (3, 32, 32)}
+    model = timm.create_model(architecture, num_classes=7, pretrained_cfg_overlay=frames, **sizes)
+    timm.models.save_for_hf(model, str(folder), model_args=sizes, safe_serialization=True)
 
 
 def audio(name: str, folder: Path, seed: int = 0, **options: Any) -> AudioSettings:
