@@ -49,12 +49,11 @@ def open_image(
         return _array_to_rgb(source)
     with opened(source) as image:
         check_size(source, image.size, limits)
-        if image is source:
-            return np.array(to_rgb(image))
-        if (pixels := _plain_png(source, image)) is not None:
-            return pixels
-        if at_least is not None:
-            image.draft(None, (at_least, at_least))
+        if image is not source:
+            if (pixels := _plain_png(source, image)) is not None:
+                return pixels
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
         return np.array(to_rgb(image))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,6 @@ from lavis_chatbridge.media.source import (
 )
 
 if TYPE_CHECKING:
-    from av import VideoStream
     from av.container import InputContainer
     from av.packet import Packet
     from av.video.frame import VideoFrame
@@ -88,18 +86,14 @@ def _picture_frames(source: Source, choose: Choose, limits: Limits) -> np.ndarra
 
 def _container_frames(file: str | io.BytesIO, source: object, choose: Choose, limits: Limits) -> np.ndarray:
     with open_container(file, limits) as container:
-        stream = first_stream(container, "video", source)
-        track = _read_track(container, stream, source, limits)
-        size = (round(stream.codec_context.width * float(stream.sample_aspect_ratio or 1)), stream.codec_context.height)
-        chosen = _chosen(choose, len(track.order), size, source, limits)
+        video = _Video(container, source, limits)
+        chosen = _chosen(choose, len(video.order), video.size, source, limits)
         if container.format.name != "avi":  # AVI has a constant frame rate, but FFmpeg may report uneven times
-            chosen = track.ranks(chosen)
-        decoder = _Decoder(stream, track)
-        decoder.decode(sorted(set(chosen)))
-        pictures = decoder.pictures
-        missing = set(chosen) - set(pictures)
-        if not pictures or (track.timed and len(missing) > len(set(chosen)) // 2):
-            raise MediaError(source, decoder.fault or "none of the chosen frames could be decoded")
+            chosen = video.ranks(chosen)
+        video.decode(sorted(set(chosen)))
+        pictures, missing = video.pictures, set(chosen) - set(video.pictures)
+        if not pictures or (video.timed and len(missing) > len(set(chosen)) // 2):
+            raise MediaError(source, "most of the chosen frames cannot be decoded")
         for rank in missing:
             pictures[rank] = pictures[min(pictures, key=lambda found: abs(found - rank))]
         return np.stack([pictures[rank] for rank in chosen])
@@ -117,22 +111,40 @@ def _chosen(choose: Choose, count: int, size: tuple[int, int], source: object, l
     return chosen
 
 
-@dataclass(frozen=True)
-class _Track:
-    """A video stream.
+class _Video:
+    """A video stream and its decoder. A frame's rank is its number among the shown frames, by display time.
 
     Attributes:
-        packets: Its packets in file order (as much memory as the file).
-        order: Packet positions of the shown frames, sorted by display time, or by position if times are unreliable.
+        packets: In file order (as much memory as the file).
+        order: Rank -> packet position; in file order if display times are unreliable.
         timed: Whether the display times are reliable.
+        size: Width and height as shown, with square pixels.
+        pictures: Rank -> decoded frame, uint8 ``[H,W,3]``.
     """
 
-    packets: list[Packet]
-    order: list[int]
-    timed: bool
+    def __init__(self, container: InputContainer, source: object, limits: Limits) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        stream = first_stream(container, "video", source)
+        intact = (packet for packet in packets_of(container, stream) if not packet.is_corrupt)
+        self.packets = list(islice(intact, limits.max_frames + 1))
+        self.order = [position for position, packet in enumerate(self.packets) if not packet.is_discard]
+        if not self.order:
+            raise MediaError(source, "its video track shows no frames")
+        shown = {self.packets[position].pts for position in self.order}
+        # AVI stores a frame rate but no display times; FFmpeg guesses them in decoding order.
+        guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
+        untimed = any(packet.pts is None for packet in self.packets)
+        self.timed = not guessed and not untimed and len(shown) == len(self.order)
+        if self.timed:
+            self.order.sort(key=lambda position: self.packets[position].pts or 0)
+        self.pictures: dict[int, np.ndarray] = {}
+        self._codec, self._reformatter = stream.codec_context, VideoReformatter()
+        self._aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel in units of its height
+        self.size = (round(self._codec.width * self._aspect), self._codec.height)
 
     def time(self, rank: int) -> int:
-        """The display time of the ``rank``-th shown frame, in units of the stream's time base."""
+        """The display time of a frame, in units of the stream's time base."""
         return self.packets[self.order[rank]].pts or 0
 
     def ranks(self, indices: list[int]) -> list[int]:
@@ -150,7 +162,38 @@ class _Track:
         part = ((end if end > last else last + gap) - first) / count
         return [int(np.searchsorted(shown, first + (index + 0.5) * part, "right")) - 1 for index in indices]
 
-    def spans(self, positions: list[int], groups: int) -> list[tuple[int, int]]:
+    def decode(self, ranks: list[int]) -> None:
+        """Decode these frames into ``pictures``, except damaged ones."""
+        if self.timed:
+            self._by_time(ranks)
+            if missing := [rank for rank in ranks if rank not in self.pictures]:
+                self._by_time(missing, groups=2)  # with gradual refresh, frames are intact only after a while
+            return
+        # Without times, decode from the start. Packets may have no frame: then the previous frame is repeated.
+        count, last = 0, None
+        for frame in (frame for packet in chain(self.packets, [None]) for frame in self._frames(packet)):
+            if count in ranks:
+                self._keep(count, frame)
+            if count == ranks[-1]:
+                return
+            count, last = count + 1, frame
+        if last is not None:
+            self._keep(count - 1, last)
+
+    def _by_time(self, ranks: list[int], groups: int = 1) -> None:
+        self._codec.open(strict=False)  # libdav1d (AV1) keeps the ``skip_frame`` setting that it was opened with
+        wanted = {self.time(rank): rank for rank in ranks}
+        positions = [self.order[rank] for rank in ranks]
+        for first, last in self._spans(positions, groups):
+            for position, packet in enumerate([*self.packets[first : last + 1], None], start=first):
+                if packet is not None:
+                    self._codec.skip_frame = "DEFAULT" if position in positions else "NONREF"
+                for frame in self._frames(packet):
+                    if frame.pts in wanted:
+                        self._keep(wanted[frame.pts], frame)
+            self._codec.flush_buffers()
+
+    def _spans(self, positions: list[int], groups: int) -> list[tuple[int, int]]:
         """The ranges of packets (first, last) to decode for the frames at ``positions``.
 
         A frame may be displayed before the key frame that it follows in the file (open GOP). It then depends on the
@@ -169,85 +212,19 @@ class _Track:
             spans.append((first, last))
         return spans
 
-
-def _read_track(container: InputContainer, stream: VideoStream, source: object, limits: Limits) -> _Track:
-    intact = (packet for packet in packets_of(container, stream) if not packet.is_corrupt)
-    packets = list(islice(intact, limits.max_frames + 1))
-    shown = [position for position, packet in enumerate(packets) if not packet.is_discard]
-    if not shown:
-        raise MediaError(source, "its video track shows no frames")
-    times = [packet.pts for packet in packets]
-    # AVI stores a frame rate but no display times; FFmpeg guesses them in decoding order.
-    guessed = container.format.name == "avi" and stream.codec_context.has_b_frames
-    timed = not guessed and None not in times and len({times[position] for position in shown}) == len(shown)
-    if timed:
-        shown.sort(key=lambda position: times[position] or 0)
-    return _Track(packets, shown, timed)
-
-
-class _Decoder:
-    """Decodes chosen frames of a track into ``pictures``: rank by time -> uint8 ``[H,W,3]``."""
-
-    def __init__(self, stream: VideoStream, track: _Track) -> None:
-        from av.video.reformatter import VideoReformatter
-
-        self.pictures: dict[int, np.ndarray] = {}
-        self.fault: str | None = None
-        self._codec, self._track, self._reformatter = stream.codec_context, track, VideoReformatter()
-        self._aspect = float(stream.sample_aspect_ratio or 1)  # width of a pixel in units of its height
-        self._size: tuple[int, int] | None = None
-
-    def decode(self, ranks: list[int]) -> None:
-        """Decode the frames of these ranks into ``pictures``, except damaged ones."""
-        if not self._track.timed:
-            self._by_counting(ranks)
-            return
-        self._by_time(ranks)
-        if missing := [rank for rank in ranks if rank not in self.pictures]:
-            self._by_time(missing, groups=2)  # with gradual refresh, frames are intact only after a while
-
-    def _by_counting(self, ranks: list[int]) -> None:
-        """Decode from the start. Without times, packets may have no frame: then the previous frame is repeated."""
-        count, last = 0, None
-        for frame in (frame for packet in chain(self._track.packets, [None]) for frame in self._frames(packet)):
-            if count in ranks:
-                self._keep(count, frame)
-            if count == ranks[-1]:
-                return
-            count, last = count + 1, frame
-        if last is not None:
-            self._keep(count - 1, last)
-
-    def _by_time(self, ranks: list[int], groups: int = 1) -> None:
-        self._codec.open(strict=False)  # libdav1d (AV1) keeps the ``skip_frame`` setting that it was opened with
-        wanted = {self._track.time(rank): rank for rank in ranks}
-        positions = [self._track.order[rank] for rank in ranks]
-        for first, last in self._track.spans(positions, groups):
-            for position in range(first, last + 1):
-                self._codec.skip_frame = "DEFAULT" if position in positions else "NONREF"
-                self._keep_wanted(self._track.packets[position], wanted)
-            self._keep_wanted(None, wanted)
-            self._codec.flush_buffers()
-
-    def _keep_wanted(self, packet: Packet | None, wanted: dict[int, int]) -> None:
-        for frame in self._frames(packet):
-            if frame.pts in wanted:
-                self._keep(wanted[frame.pts], frame)
-
     def _frames(self, packet: Packet | None) -> list[VideoFrame]:
-        """The frames of a packet; None flushes the decoder."""
+        """The frames of a packet, none if it is damaged; None flushes the decoder."""
         import av.error
 
         try:
             return list(self._codec.decode(packet))
-        except av.error.FFmpegError as error:
-            self.fault = self.fault or f"{type(error).__name__}: {error.strerror}"
+        except av.error.FFmpegError:
             return []
 
     def _keep(self, rank: int, frame: VideoFrame) -> None:
-        self._size = self._size or (round(frame.width * self._aspect), frame.height)
-        width, height = self._size
-        shown = self._reformatter.reformat(frame, width, height, "rgb24", **_colours(frame))
+        if not self.pictures:  # a header may state another size; later frames are scaled to the first one's
+            self.size = (round(frame.width * self._aspect), frame.height)
+        shown = self._reformatter.reformat(frame, *self.size, "rgb24", **_colours(frame))
         self.pictures[rank] = np.ascontiguousarray(_upright(shown.to_ndarray(), frame))
 
 

@@ -121,8 +121,6 @@ def paint(canvas: Floats, shape: str, rgb: Floats, placement: Placement) -> None
     x, y = placement.x * side, placement.y * side
     left, right = max(0, int(x - reach)), min(side, int(x + reach) + 2)
     top, bottom = max(0, int(y - reach)), min(side, int(y + reach) + 2)
-    if left >= right or top >= bottom:
-        return
     scale = np.float32(placement.radius * side)
     across = ((np.arange(left, right, dtype=np.float32) + 0.5 - x) / scale)[None, :]
     down = ((np.arange(top, bottom, dtype=np.float32) + 0.5 - y) / scale)[:, None]

@@ -147,16 +147,27 @@ def test_every_choice_of_frames_equals_a_full_decoding(name: str) -> None:
         assert np.array_equal(got, every[indices]), indices
 
 
+def test_a_damaged_frame_is_replaced_by_the_nearest_intact_one() -> None:
+    data = video_file(8, gop=1, b_frames=0)
+    with av.open(io.BytesIO(data)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    for damaged in packets[3:6]:
+        data = data.replace(damaged, bytes(len(damaged)))
+    assert [number_of(frame) for frame in open_video(data, range)] == [0, 1, 2, 2, 2, 6, 6, 7]
+    with pytest.raises(MediaError, match="most of the chosen frames cannot be decoded"):
+        open_video(data, these(3, 4))
+
+
 def test_only_needed_frames_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    frames_of = video_module._Decoder._frames
+    frames_of = video_module._Video._frames
 
     def counting(self: Any, packet: Any) -> list:
         frames = frames_of(self, packet)
         seen.append(len(frames))
         return frames
 
-    monkeypatch.setattr(video_module._Decoder, "_frames", counting)
+    monkeypatch.setattr(video_module._Video, "_frames", counting)
     open_video(video_file(96, gop=12, b_frames=0, options=STEADY["libx264"]), these(12, 60))
     assert sum(seen) == 2  # both stand alone
     seen.clear()

@@ -97,7 +97,6 @@ def test_refusals() -> None:
         AudioEvalProcessor()(sound_file(tone(0.01, 8000), 8000))
     assert AudioEvalProcessor()(np.zeros(400, np.float32)).frames.tolist() == [1]
     for wrong, words in (
-        ({"mel_bins": 100}, "multiple of 16"),
         ({"extractor": {}}, "extractor has no sampling_rate"),
         ({"clip_seconds": 0.01}, "clip_seconds is 0.01, expected at least 0.1"),
         ({"extractor": {"sampling_rate": RATE, "feature_extractor_type": "NoExtractor"}}, "no feature extractor"),

@@ -3,8 +3,6 @@
 The snapshot changes only on purpose: run with ``UPDATE_SNAPSHOTS=1`` and read the difference.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tasks as runners use them: losses with weights, predictions on disk, media shuffled or withheld, multiple choice."""
 
-from __future__ import annotations
-
 import json
 import re
 from types import SimpleNamespace
@@ -20,7 +18,7 @@ from lavis_chatbridge.schema import Medium, Sample
 from lavis_chatbridge.tasks.base import ChatBridgeTask
 from lavis_chatbridge.tasks.choice import ChoiceTask, chosen
 from lavis_chatbridge.tasks.generation import GenerationTask, prompt_text
-from lavis_chatbridge.tasks.predictions import Prediction
+from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
 from lavis_chatbridge.tasks.scoring.scores import scored
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
 from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
@@ -82,10 +80,6 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def evaluate(task, sources, train=()):
     group = SimpleNamespace(sources=list(sources))
     task.datasets = {"toy": {"test": group, "train": SimpleNamespace(sources=list(train))}}
@@ -102,10 +96,10 @@ def test_a_model_that_sees_is_right_and_its_predictions_are_written(results):
     assert scores["by_source"]["a"]["by_type"]["attribute"]["colour"] == {"samples": 9, "attribute_accuracy": 100.0}
     assert scores["by_source"]["a"]["chance"] == pytest.approx(100 / 3)
     assert "chance" not in scores["by_source"]["b"]
-    records = lines(results / "test_step5.jsonl")
-    assert [record["sample_id"] for record in records] == [f"a{i}" for i in range(9)] + [f"b{i}" for i in range(6)]
-    assert (records[1]["prompt"], records[1]["media"]) == ("[image 0]colour?", [["image", "1.png"]])
-    assert (records[1]["prediction"], records[1]["references"]) == ("green", ["a green thing"])
+    records = read_predictions(results / "test_step5.jsonl")
+    assert [record.sample_id for record in records] == [f"a{i}" for i in range(9)] + [f"b{i}" for i in range(6)]
+    assert (records[1].prompt, records[1].media) == ("[image 0]colour?", [("image", "1.png")])
+    assert (records[1].prediction, records[1].references) == ("green", ["a green thing"])
     written = json.loads((results / "test_step5_metrics.json").read_text())
     assert (written["agg_metrics"], written["decoding"]["max_new_tokens"]) == (100.0, 7)
 
@@ -115,8 +109,8 @@ def test_a_model_that_sees_is_wrong_without_its_media(results, mode, low, high):
     task = GenerationTask(EvaluationSettings(media=mode, media_modalities=["image"]))
     scores = evaluate(task, [Source("a", 60)])
     assert low <= scores["agg_metrics"] <= high
-    records = lines(results / f"test_{mode}_image_step5.jsonl")
-    assert records[0]["prompt"] == ("colour?" if mode == "withheld" else "[image 0]colour?")
+    records = read_predictions(results / f"test_{mode}_image_step5.jsonl")
+    assert records[0].prompt == ("colour?" if mode == "withheld" else "[image 0]colour?")
     assert evaluate(task, [Source("a", 60)]) == scores
 
 

@@ -1,7 +1,5 @@
 """A few real media and the annotations of all fifteen benchmarks, each in its published layout, under one folder."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Predictions do not depend on batches, processes and interruptions."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from dataclasses import replace

@@ -131,7 +131,6 @@ def test_what_cannot_be_scored_has_its_fault(no_java: None) -> None:
 @pytest.mark.parametrize(
     ("meta", "types"),
     [
-        ({"type": 0}, {"type": "0"}),
         ({"type": ["a", 1], "question_type": "b"}, {"type": "a / 1", "question type": "b"}),
         ({"type": "", "types": {"turn": 3}}, {"turn": "3"}),
     ],
