@@ -22,19 +22,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Serves ``root/org/name/file``; ``main`` is the only revision.
-
-    Attributes:
-        gated: Repositories that need the token ``secret``.
-        broken: Files (by their last name) whose next download breaks in the middle.
-        requests: Method, path and range of every request.
-    """
+    """Serves ``root/org/name/file``; ``main`` is the only revision."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.url = root, ""
-        self.gated: set[str] = set()
-        self.broken: set[str] = set()
-        self.requests: list[tuple[str, str, str]] = []
+        self.gated: set[str] = set()  # repositories that need the token `secret`
+        self.broken: set[str] = set()  # names of files whose next download breaks in the middle
+        self.requests: list[tuple[str, str, str]] = []  # method, path and range
 
     def downloads(self) -> list[str]:
         """Names of the files that were sent, in order; of a redirected file the last request counts."""

@@ -33,8 +33,7 @@ class Outer(Settings):
 
 def test_values_are_converted_and_nested() -> None:
     given = {"steps": 3, "inner": {"rate": "1e-4", "names": ["a"]}, "limit": None, "ratios": {"x": 2}}
-    built = parse(Outer, given, "run")
-    assert built == Outer(steps=3, inner=Inner(rate=1e-4, names=["a"]), ratios={"x": 2.0})
+    assert parse(Outer, given, "run") == Outer(steps=3, inner=Inner(rate=1e-4, names=["a"]), ratios={"x": 2.0})
 
 
 def test_all_faults_come_together_with_the_nearest_key() -> None:

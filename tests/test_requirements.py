@@ -68,12 +68,6 @@ def setup(repository: Path) -> configparser.ConfigParser:
     return parser
 
 
-@pytest.fixture(scope="module")
-def lock(repository: Path) -> dict[str, str]:
-    lines = (repository / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if not line.startswith("#"))
-
-
 def listed(text: str) -> list[Requirement]:
     return [Requirement(line) for line in text.splitlines() if line.strip()]
 
@@ -94,7 +88,9 @@ def imported_by(folder: Path) -> set[str]:
     return found - sys.stdlib_module_names
 
 
-def test_the_lock_satisfies_every_requirement(setup: configparser.ConfigParser, lock: dict[str, str]) -> None:
+def test_the_lock_satisfies_every_requirement(setup: configparser.ConfigParser, repository: Path) -> None:
+    lines = (repository / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lock = dict(line.split("==") for line in lines if not line.startswith("#"))
     wanted = listed(setup["options"]["install_requires"]) + listed(setup["options.extras_require"]["test"])
     unmet = [str(r) for r in wanted if not r.specifier.contains(lock.get(canonicalize_name(r.name), "0"))]
     assert unmet == [], "run `make lock`"

@@ -59,6 +59,13 @@ doc_to_target: answer
 {more}
 metadata: {{version: 0.0}}
 """
+OURS = """
+model: {{arch: chatbridge, model_type: tiny}}
+datasets: {{chatbridge_jsonl: {{data_root: {folder}, splits: {{test: {data}.jsonl}}, templates: false}}}}
+run:
+  {{task: chatbridge_captioning, test_splits: [test], max_len: 12, batch_size_eval: 4, num_workers: 0, device: cpu,
+    job_id: "", output_dir: {folder}/out_{name}}}
+"""
 WRITTEN = """output_type: generate_until
 process_results: !function utils.process_results
 generation_kwargs: {max_new_tokens: 12, temperature: 0, do_sample: false}
@@ -110,13 +117,7 @@ def ours(world: Path) -> dict[str, list[str]]:
     with Runs() as runs:
         for name in [*MODALITIES, "image_choice"]:
             config = world / f"ours_{name}.yaml"
-            config.write_text(
-                "model: {arch: chatbridge, model_type: tiny}\n"
-                f"datasets: {{chatbridge_jsonl: {{data_root: '{world}', splits: {{test: {name.split('_')[0]}.jsonl}}, "
-                "templates: false}}\n"
-                "run:\n  task: chatbridge_captioning\n  evaluate: true\n  test_splits: [test]\n  num_workers: 0\n"
-                f"  max_len: 12\n  batch_size_eval: 4\n  device: cpu\n  job_id: ''\n  output_dir: {world}/out_{name}\n"
-            )
+            config.write_text(OURS.format(folder=world, data=name.split("_")[0], name=name))
             runs.run(str(config), chosen if name == "image_choice" else [], evaluate=True)
             lines = (world / f"out_{name}/result/test_step0.jsonl").read_text().splitlines()
             records = [json.loads(line) for line in lines]

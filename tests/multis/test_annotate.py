@@ -64,7 +64,6 @@ def test_the_best_two_findings_of_another_tool_are_imported(
     ("text", "content", "message"),
     [
         ("florence=x", {}, "did you mean 'florence2'"),
-        ("caption=x.json", {}, "did you mean 'captions'"),
         ("grit", {}, "needs a path"),
         ("grit=x.json,larges=3", {}, "unknown key annotators.grit.larges, did you mean 'largest'"),
         ("grit=x.json,largest=all", {}, "annotators.grit.largest: expected int, found 'all'"),

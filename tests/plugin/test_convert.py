@@ -10,7 +10,6 @@ import torch
 from lavis_chatbridge import cli
 from lavis_chatbridge.hf import ChatBridgeForConditionalGeneration
 from lavis_chatbridge.models import state_dicts
-from tests.models.building import small_model
 
 
 def convert(folder: Path, source: str, out: str, *more: str) -> int:
@@ -42,19 +41,16 @@ def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path) -> Non
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
 
-def test_the_bridge_is_kept_with_its_norms_and_without_frozen_models(
-    golden_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = small_model(golden_dir / "tokenizer")
-    norms = {name: t for name, t in model.state_dict().items() if name.startswith("ln_")}
-    bridge = model.trainable_state_dict() | norms
+def test_the_bridge_is_kept_without_frozen_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ChatBridgeForConditionalGeneration.from_pretrained("tiny").save_pretrained(tmp_path / "hf")
+    bridge = state_dicts.read(tmp_path / "hf").tensors
     frozen = {"visual_encoder.cls_token": torch.ones(1, 1, 32), "llama_model.lm_head.weight": torch.ones(3)}
     old = {**bridge, **frozen, "Qformer.bert.embeddings.position_ids": torch.ones(1, 4)}
     old["query_tokens"] = old.pop("image_query_tokens")
     torch.save({"model": {f"module.{n}": t for n, t in old.items()}, "config": {"a": 1}}, tmp_path / "a.pth")
     assert convert(tmp_path, "a.pth", "new/b.safetensors", "--to", "bridge") == 0
     made = state_dicts.read(tmp_path / "new" / "b.safetensors").tensors
-    assert set(made) == set(bridge)
+    assert made.keys() == bridge.keys() > {"ln_vision.weight"}
     assert all(torch.equal(made[name], bridge[name]) for name in bridge)
     state_dicts.save(tmp_path / "step" / "model.safetensors", bridge, {"lora": "rank 2"})
     assert convert(tmp_path, "step", "c.safetensors", "--to", "bridge") == 0

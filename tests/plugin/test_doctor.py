@@ -14,9 +14,8 @@ from lavis_chatbridge.plugin import doctor
 from lavis_chatbridge.plugin.doctor import Finding, training_memory
 
 YAML = """
-model: {{arch: chatbridge, model_type: {model_type}}}
-datasets:
-  chatbridge_world_caption: {{data_root: {folder}/world}}
+model: {{arch: chatbridge, model_type: {}}}
+datasets: {{chatbridge_world_caption: {{data_root: world}}}}
 run: {{task: chatbridge_alignment, max_iters: 1, batch_size_train: 4}}
 """
 
@@ -24,7 +23,7 @@ run: {{task: chatbridge_alignment, max_iters: 1, batch_size_train: 4}}
 @pytest.fixture
 def config(tmp_path):
     def write(model_type="tiny"):
-        (tmp_path / "run.yaml").write_text(YAML.format(model_type=model_type, folder=tmp_path))
+        (tmp_path / "run.yaml").write_text(YAML.format(model_type))
         return str(tmp_path / "run.yaml")
 
     return write

@@ -54,11 +54,10 @@ class Vllm:
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
-        address = f"--host 127.0.0.1 --port {self.port}"
-        words = [COMMAND, "serve", str(self.model), *address.split(), *OPTIONS.split()]
-        own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        words = [COMMAND, "serve", str(self.model), "--host", "127.0.0.1", "--port", str(self.port), *OPTIONS.split()]
         cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
-        environment = {**own, **cpu, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, **cpu, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("PYTHONPATH", None)
         self.process = subprocess.Popen(
             words, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
