@@ -30,7 +30,6 @@ from lavis_chatbridge.schema import SampleFile
 
 _log = logging.getLogger(__name__)
 
-CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "datasets"
 _SHARED_WITH_PARTS = ("data_root", "limit", "allow_outside", "skip_missing", "reply_end", "templates")
 _FIRST = 64  # samples of a source that are compared with its settings
 
@@ -138,17 +137,13 @@ class ChatBridgeBuilder(BaseDatasetBuilder):
         return SplitDataset(self.NAME, sources, own.ratio)
 
 
-def register_builders() -> None:
-    """Register a builder for every data set of ``configs/datasets/*.yaml`` that has none yet."""
-    for path in sorted(CONFIG_FOLDER.glob("*.yaml")):
+def _register() -> None:
+    """Register a builder for every data set of ``configs/datasets/*.yaml``."""
+    for path in sorted((Path(__file__).resolve().parents[1] / "configs" / "datasets").glob("*.yaml")):
         sections: Any = OmegaConf.to_container(OmegaConf.load(path))
         for name, defaults in sections["datasets"].items():
-            if name in registry.mapping["builder_name_mapping"]:
-                continue
             fields = {"NAME": name, "DEFAULTS": defaults or {}, "DATASET_CONFIG_DICT": {"default": str(path)}}
-            class_name = "".join(word.capitalize() for word in name.split("_")) + "Builder"
-            builder = type(class_name, (ChatBridgeBuilder,), {**fields, "__module__": __name__})
-            registry.register_builder(name)(builder)
+            registry.register_builder(name)(type(f"{name}_builder", (ChatBridgeBuilder,), fields))
 
 
 def require_files(datasets_cfg: Mapping[str, Any]) -> None:
@@ -171,8 +166,6 @@ def _parse(cfg: Any, where: str) -> DataSettings:
 
 def _parts(own: DataSettings) -> dict[str, ChatBridgeBuilder]:
     """The builders of a mixture's parts: their defaults, overridden by the mixture's shared settings."""
-    if own.ratios and (without := sorted(set(own.parts) - set(own.ratios))):
-        raise ConfigError(f"ratios must name all parts or none; {', '.join(without)} has none")
     shared = own.model_dump(include={*_SHARED_WITH_PARTS, *SECTIONS.values()}, exclude_defaults=True)
     known = [n for n in registry.list_datasets() if issubclass(registry.get_builder_class(n), ChatBridgeBuilder)]
     parts = {}
@@ -212,4 +205,4 @@ def _make_names_unique(sources: list[SampleDataset]) -> None:
         source.name = name
 
 
-register_builders()
+_register()

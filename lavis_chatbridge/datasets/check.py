@@ -65,7 +65,6 @@ class Report:
             self.examples[cause].append(example)
 
     def as_text(self, path: str) -> str:
-        """For people."""
         lines = [f"{path}: {self.lines} samples"]
         groups = {"modality": self.modalities, "task": self.tasks, "source": self.sources, "files": self.media}
         for title, counts in groups.items():

@@ -35,11 +35,8 @@ _log = logging.getLogger(__name__)
 class Encoder(Protocol):
     """A model with frozen encoders."""
 
-    def encode_media(self, modality: Modality, media: list[Any]) -> list[EncodedMedium]:
-        """Encode processed media of one modality with the frozen encoder."""
-
-    def frozen_hash(self, modality: Modality) -> str:
-        """A hash of the frozen weights."""
+    def encode_media(self, modality: Modality, media: list[Any]) -> list[EncodedMedium]: ...
+    def frozen_hash(self, modality: Modality) -> str: ...
 
 
 class FeatureStore:

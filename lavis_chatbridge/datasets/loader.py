@@ -9,7 +9,6 @@ workers. If the decoder of a sample hangs, the worker is replaced and the sample
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import signal
@@ -111,7 +110,7 @@ class MixtureLoader:
         lengths = source.lengths[:_LENGTHS_LOOKED_AT] + source.added_tokens()
         return max(1, int(budget // np.quantile(lengths, 0.95)))
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[dict[str, Any]]:
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """The micro-batches of steps ``start`` to ``stop - 1``, ``accumulate`` for each step, in order.
 
         A batch has the keys of `collate`, and ``skipped``: pairs of sample id and cause. If all its samples are
@@ -122,7 +121,7 @@ class MixtureLoader:
         parts = self.settings.accum_grad_iters
 
         def remaining(done: int) -> Iterator[Request]:
-            for number in itertools.count(done) if stop is None else range(done, (stop - start) * parts):
+            for number in range(done, (stop - start) * parts):
                 step, part = divmod(number, parts)
                 source, pairs = self.plan.batch(start + step, self.rank)
                 size = len(pairs) // parts

@@ -95,8 +95,8 @@ class DataSettings(Settings):
         if templates is not None and self.task not in templates.tasks:
             nearest = hint(self.task, templates.tasks)
             yield f"task {self.task!r} has no instruction template{nearest} (templates: false accepts any name)"
-        if unknown := sorted(set(self.ratios) - set(self.parts)):
-            yield f"ratios has {', '.join(unknown)}, which parts does not have"
+        if self.ratios and (odd := sorted({*self.ratios} ^ {*self.parts})):
+            yield f"ratios names all parts or none, but {', '.join(odd)} is in only one of both"
 
     def instruction_templates(self) -> Templates | None:
         """The instruction templates; None to use questions unchanged."""
@@ -106,7 +106,6 @@ class DataSettings(Settings):
 
     @property
     def root(self) -> str:
-        """The data root."""
         return str(Path(self.data_root or os.environ.get(DATA_VARIABLE) or ".").expanduser())
 
     @property
@@ -128,7 +127,6 @@ class DataSettings(Settings):
         return found
 
     def every_file(self, split: str) -> list[str]:
-        """A split's annotation files of all purposes."""
         return [path for paths in self.files(split).values() for path in paths]
 
     def _paths(self, entry: str | list[str]) -> list[str]:

@@ -66,7 +66,6 @@ def media_file(target: Path) -> Iterator[Callable[[Modality, bytes, str], Medium
 
 
 def write_index(shard: Path, content: dict[str, Any]) -> None:
-    """Write the index of a complete shard."""
     write_json(_index_of(shard), {"format": _FORMAT, "bytes": shard.stat().st_size, **content})
 
 
@@ -126,7 +125,6 @@ class _ShardSet:
         self.hash = hash_of(_FORMAT, content, len(samples), per_shard)
 
     def shard(self, number: int) -> Path:
-        """The path of a shard."""
         return self.folder / f"{self.stem}-{number:05d}.tar"
 
     def write(self, number: int) -> dict[str, Any]:

@@ -165,7 +165,7 @@ def test_a_mixture_of_parts(tmp_path, caplog):
     assert asked == ["what is it? Answer in a word or two.###Assistant:", "What happens?###Assistant:"]
     shared = train("multis", parts=parts, ratios=dict.fromkeys(parts, 2.0), **root, limit=2)
     assert [(len(source), source.ratio) for source in shared.sources] == [(2, 2.0), (1, 2.0)]
-    with pytest.raises(ConfigError, match="multis_msrvtt_detail, multis_msrvtt_reasoning has none"):
+    with pytest.raises(ConfigError, match="multis_msrvtt_detail, multis_msrvtt_reasoning is in only one"):
         train("multis", parts=parts, ratios={"multis_msrvtt_qa": 1}, **root)
     with pytest.raises(ConfigError, match="did you mean 'multis_vgqa'"):
         train("multis", parts=["multis_vqga"], **root)

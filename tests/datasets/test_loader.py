@@ -67,7 +67,7 @@ def test_a_malformed_sample_ends_with_its_own_message(workers):
     data = SampleDataset("s", sample_file(Sample("x", turns=(Message("user", "q"),))), DataSettings(stage="alignment"))
     loader = MixtureLoader({"s": SplitDataset("s", [data])}, loading(num_workers=workers))
     with pytest.raises(DataError, match=r"^s: sample 'x' has no captions; alignment needs one$"):
-        next(loader.batches())
+        next(loader.batches(0, 1))
 
 
 class _Hangs(PictureProcessor):

@@ -47,7 +47,6 @@ class Origin:
 
     @property
     def every_file(self) -> list[str]:
-        """The paths of all purposes."""
         return [path for paths in self.files.values() for path in paths]
 
     def paths(self, purpose: str) -> Sequence[str]:
@@ -57,7 +56,6 @@ class Origin:
         return self.files[purpose]
 
     def table(self) -> Iterator[Row]:
-        """The lines of all CSV files."""
         for path in self.every_file:
             yield from table_rows(path)
 
@@ -129,7 +127,6 @@ class Row:
         return (self.text(*keys),)
 
     def rows(self, *keys: str) -> list[Row]:
-        """A list of objects."""
         value = self._first(keys)
         if not isinstance(value, list):
             raise self._fault(keys, "a list")
@@ -190,7 +187,6 @@ def of_split(rows: Iterable[Row], wanted: Sequence[str], path: str) -> Iterator[
 
 
 def read_object(path: str) -> Row:
-    """The object that a JSON file contains."""
     return Row(_read_json(path), path)
 
 
