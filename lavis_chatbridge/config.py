@@ -46,8 +46,8 @@ class Settings(BaseModel):
     @classmethod
     def _without_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Raise for YAML's ``true`` where numbers are expected (also in a list or mapping): pydantic reads it as 1."""
-        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(item, bool) for item in inner):
+        inner = list(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(inner, bool) or (isinstance(inner, (list, tuple)) and any(isinstance(v, bool) for v in inner)):
             types = _types_in(cls.model_fields[str(info.field_name)].annotation)
             if not {bool, Any} & {*types} and (int in types or float in types):
                 raise ValueError(f"expected a number, found {json.dumps(value, default=str)}")

@@ -186,20 +186,20 @@ def _fill(shard: Path, part: Iterable[tuple[int, Sample]]) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     left_out: list[tuple[str, str]] = []
     members: dict[_Content, tuple[Any, ...]] = {}  # path in the tar
-    places: dict[_Content, tuple[Any, ...]] = {}  # the tar, offset and size
+    locations: dict[_Content, tuple[Any, ...]] = {}  # the tar, offset and size
     with tar_file(shard) as add:
         for position, sample in part:
             try:
-                new = {_key(m): _content(m) for m in sample.files if _key(m) not in places}
+                new = {_key(m): _content(m) for m in sample.files if _key(m) not in locations}
             except MediaError as error:
                 left_out.append((sample.id, str(error)))
                 continue
             for number, (key, (ending, data)) in enumerate(new.items()):
                 name = f"{position:09d}.{ending if len(new) == 1 else f'{number}.{ending}'}"
-                members[key], places[key] = (name,), (shard.name, *add(name, data))
+                members[key], locations[key] = (name,), (shard.name, *add(name, data))
             record = json.dumps(_moved(sample, members), ensure_ascii=False)
             add(f"{position:09d}.json", record.encode())
-            records.append(_moved(sample, places))
+            records.append(_moved(sample, locations))
     return {"left_out": left_out, "records": records}
 
 
@@ -220,7 +220,7 @@ def _content(medium: Medium) -> tuple[str, bytes]:
     return ending if ending.isalnum() and ending != "json" else medium.modality, data
 
 
-def _moved(sample: Sample, places: Mapping[_Content, tuple[Any, ...]]) -> dict[str, Any]:
-    """A sample as a JSONL record, with its media in other places."""
-    media = (m if m.words else Medium(m.modality, *places[_key(m)]) for m in sample.media)
+def _moved(sample: Sample, locations: Mapping[_Content, tuple[Any, ...]]) -> dict[str, Any]:
+    """A sample as a JSONL record, with its media at other locations."""
+    media = (m if m.words else Medium(m.modality, *locations[_key(m)]) for m in sample.media)
     return to_record(replace(sample, media=tuple(media)))

@@ -123,10 +123,8 @@ def mosi(origin: Origin) -> Iterator[Sample]:
         video, clip = row.text("video_id"), row.text("clip_id")
         said = f'The speaker says: "{row.text("text")}". ' if origin.options.get("transcript") else ""
         media = origin.locate(row.where, video_id=video, clip_id=clip)
-        asked = Row(
-            {"question": f"{said}What is the sentiment of the speaker?", "options": classes, "answer": annotation},
-            row.where,
-        )
+        question = f"{said}What is the sentiment of the speaker?"
+        asked = Row({"question": question, "options": classes, "answer": annotation}, row.where)
         yield _choice(asked, f"{video}_{clip}", media, {"sentiment": annotation})
 
 

@@ -117,7 +117,7 @@ def _table_medium(modality: Modality, value: Any, where: str, origin: Origin, fo
             raise DataError(f"{where}: {modality} is stored as bytes; chatbridge convert-data writes it to a tar file")
         ending = Path(path).suffix[1:].lower() if isinstance(path, str) else ""
         return origin.keep(modality, bytes(content), ending if ending in ENDINGS else modality)
-    if isinstance(path, str) and os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".")):
+    if isinstance(path, str) and os.path.isabs(path) and path.startswith(os.path.abspath(folder or ".") + os.sep):
         return Medium(modality, path)  # `datasets` returns absolute paths for a folder's media
     return Medium(modality, media_path(path, folder or origin.root, where, origin.allow_outside))
 
