@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.attachments import media_of
-    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
+    from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, MediaReader
     from lavis_chatbridge.chat.engine import Answer, Engine, Reply
-    from lavis_chatbridge.chat.reader import MediaReader
     from lavis_chatbridge.chat.session import Session, load_model
     from lavis_chatbridge.models.sampling import Sampling
 
 _MODULES = {
     "chat.attachments": ["media_of"],
-    "chat.conversation": ["ChatMessage", "Conversation"],
+    "chat.conversation": ["ChatMessage", "Conversation", "MediaReader"],
     "chat.engine": ["Answer", "Engine", "Reply"],
-    "chat.reader": ["MediaReader"],
     "chat.session": ["Session", "load_model"],
     "models.sampling": ["Sampling"],
 }

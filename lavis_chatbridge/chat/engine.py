@@ -16,9 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
-from lavis_chatbridge.chat.conversation import Conversation
-from lavis_chatbridge.chat.reader import MediaNote, MediaReader, Prompt, word
-from lavis_chatbridge.errors import ChatBridgeError, PromptError
+from lavis_chatbridge.chat.conversation import Conversation, MediaNote, MediaReader, Prompt, word
+from lavis_chatbridge.errors import ChatBridgeError, DataError, PromptError
 from lavis_chatbridge.models import families
 from lavis_chatbridge.models.decoding import Decoder, Finish, Generation, Prefix, TokenLogprob
 from lavis_chatbridge.models.remote import RemoteLanguageModel
@@ -180,13 +179,13 @@ class Engine:
     ) -> None:
         self.model, self.reader, self.template = model.eval(), reader, template or model.settings.template
         self.tokenizer = model.llama_tokenizer
-        own = model.llama_model.max_context if isinstance(model.llama_model, RemoteLanguageModel) else None
+        self._remote = model.llama_model if isinstance(model.llama_model, RemoteLanguageModel) else None
+        own = None if self._remote is None else self._remote.max_context
         positions = own or families.positions_of(model.llama_model.config)
         self.max_context = max_context or (int(positions) if math.isfinite(positions) else _USUAL_CONTEXT)
         self.load_template("")  # raises now, not at the first message
         self._batch, self._keep, self._most = batch, keep, batch + waiting
-        self._remote = isinstance(model.llama_model, RemoteLanguageModel)
-        if not self._remote:
+        if self._remote is None:
             self._decoder = Decoder(model.llama_model)
         self._lock = threading.Lock()
         self._present: set[Reply] = set()
@@ -238,8 +237,8 @@ class Engine:
             if reply.cancelled:
                 raise PromptError("the reply was cancelled before it began")
             generation = self._generation(reply, asked, sampling)
-            if self._remote:
-                for text in self.model.llama_model.run(generation):
+            if self._remote is not None:
+                for text in self._remote.run(generation):
                     reply.send(text)
                 return
             with self._lock:
@@ -276,6 +275,10 @@ class Engine:
             return word(asked, self.load_template(asked.system), room, self.max_context)
         front = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         ids = [*front, *self.tokenizer.encode(asked)] if isinstance(asked, str) else [*asked]
+        size = self.model.llama_model.get_input_embeddings().num_embeddings
+        for position, token in enumerate(ids):
+            if not 0 <= token < size:
+                raise DataError(f"prompt[{position}] is {token}, expected a token id from 0 to {size - 1}")
         return Prompt([*ids], self.load_template(""))
 
     def _generate(self) -> None:
@@ -301,23 +304,20 @@ class Engine:
             active = [reply for reply in active if not reply.done]
 
     def _admit(self, reply: Reply) -> bool:
-        """Let the model read a prompt; whether its reply is still incomplete."""
-        assert reply.generation is not None
+        """Let the model read a prompt, beyond what is kept of its conversation; whether its reply is incomplete."""
+        generation = reply.generation
+        assert generation is not None
+        shared = [prefix.common(generation.elements) for prefix in self._prefixes]
+        best = max(range(len(shared)), key=shared.__getitem__, default=None)
+        if best is not None and shared[best] >= max(1, _LEAST_SHARE * len(self._prefixes[best].elements)):
+            generation.prefix = self._prefixes.pop(best)
         try:
-            self._lend(reply.generation)
-            self._send(reply, self._decoder.add(reply.generation))
+            self._send(reply, self._decoder.add(generation))
         except Exception as error:
             if not isinstance(error, ChatBridgeError):
                 log.exception("a prompt could not be read")
             reply.fail(error)
         return not reply.done
-
-    def _lend(self, generation: Generation) -> None:
-        """Give a reply the keys and values of its conversation, if they are kept."""
-        shared = [prefix.common(generation.elements) for prefix in self._prefixes]
-        best = max(range(len(shared)), key=shared.__getitem__, default=None)
-        if best is not None and shared[best] >= max(1, _LEAST_SHARE * len(self._prefixes[best].elements)):
-            generation.prefix = self._prefixes.pop(best)
 
     def _send(self, reply: Reply, text: str) -> None:
         """Deliver text; of a complete reply, keep the keys and values."""

@@ -52,8 +52,8 @@ class ModelOptions(Settings):
 
     def open(self, **settings: Any) -> Engine:
         """An engine with a model of its own; ``settings`` are those of `Engine`."""
+        from lavis_chatbridge.chat.conversation import MediaReader
         from lavis_chatbridge.chat.engine import Engine
-        from lavis_chatbridge.chat.reader import MediaReader
         from lavis_chatbridge.chat.session import load_model
 
         model, processors = load_model(self.model, self.options, self.device, self.engine)

@@ -17,6 +17,7 @@ from lavis_chatbridge.chat.attachments import media_of, modality_of
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
 from lavis_chatbridge.chat.engine import Answer, Engine, Reply
 from lavis_chatbridge.chat.messages import to_json
+from lavis_chatbridge.config import parse
 from lavis_chatbridge.errors import ChatBridgeError
 from lavis_chatbridge.models.sampling import Sampling
 
@@ -61,7 +62,8 @@ class Page:
         own_seed = None if seed is None or seed < 0 else int(seed)
         reply: Reply | None = None
         try:
-            sampling = Sampling(max_new_tokens=int(tokens), temperature=temperature, top_p=top_p, seed=own_seed)
+            chosen = {"max_new_tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": own_seed}
+            sampling = parse(Sampling, chosen, "settings")
             conversation = conversation_of([*history, asked], system, hear)
             reply = self._replies[key] = self.engine.reply(conversation, sampling)
             text = ""

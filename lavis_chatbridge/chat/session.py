@@ -16,10 +16,9 @@ from PIL import Image
 
 from lavis_chatbridge.chat import messages as files
 from lavis_chatbridge.chat.attachments import Images, Pairs, Sounds, media_of
-from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, Medium
+from lavis_chatbridge.chat.conversation import ChatMessage, Conversation, MediaReader, Medium
 from lavis_chatbridge.chat.engine import Answer, Engine, Reply
 from lavis_chatbridge.chat.messages import Access, png_url
-from lavis_chatbridge.chat.reader import MediaReader
 from lavis_chatbridge.config import merged, parse, read_options, read_yaml, unknown_key
 from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.media import open_image

@@ -318,7 +318,7 @@ class Generation:
             return int(logits.argmax())
         raw = logits.float().cpu()
         logits = self._penalised(raw)
-        token = int(logits.argmax()) if own.temperature == 0 else self._sampled(logits / own.temperature)
+        token = int(logits.argmax()) if own.temperature == 0 else self._sampled(logits / max(own.temperature, 1e-6))
         if own.logprobs is not None:
             values = raw.log_softmax(-1)
             top = values.topk(min(own.logprobs, len(values)))

@@ -12,6 +12,7 @@ from lavis_chatbridge.config import Settings
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1000)]
 """A number of beams or replies; limited, because each has its own keys and values."""
 Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
+Seed: TypeAlias = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Sampling(Settings):
@@ -28,7 +29,7 @@ class Sampling(Settings):
     """Sample from this many likeliest tokens; 0 or -1 takes all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
     """Sample from tokens that have at least this share of the likeliest token's probability."""
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """Above 1: tokens that the reply already contains become less likely (positive logits are divided by it)."""
     presence_penalty: Penalty = 0.0
     """Subtracted from the logits of tokens that the reply already contains."""
@@ -40,7 +41,7 @@ class Sampling(Settings):
     """A beam's score is divided by its length to this power."""
     num_return_sequences: Count = 1
     """Number of replies to each prompt."""
-    seed: int | None = None
+    seed: Seed | None = None
     """The same seed samples the same reply; null samples a new one each time."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply, in addition to the template's; the reply does not include them."""

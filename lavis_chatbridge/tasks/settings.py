@@ -71,7 +71,7 @@ class EvaluationSettings(MediaSettings):
     """Fewest tokens of an answer."""
     length_penalty: float = 1.0
     """Beam search divides a score by the length to this power; above 1 prefers longer answers."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     """Divisor of the logits of tokens that already occur in the answer; 1 changes nothing."""
     inference_method: Literal["generate", "rank"] = "generate"
     """``generate`` an answer, or ``rank`` a list of answers (in multiple choice: the options) by likelihood."""

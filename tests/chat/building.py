@@ -5,17 +5,18 @@ from __future__ import annotations
 import base64
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from lavis_chatbridge.chat import Engine, MediaReader, Sampling, Session
 from lavis_chatbridge.chat.messages import data_url
 from lavis_chatbridge.processors import load_processors
-from tests.media.making import encoded, photo, sound_file, tone, video_file
+from tests.media.making import encoded, sound_file, tone, video_file
+from tests.media.making import photo as picture
 
 TINY_TOKENIZER = Path(__file__).resolve().parents[2] / "lavis_chatbridge" / "assets" / "tiny" / "llm"
 
@@ -45,8 +46,12 @@ def slow_down(model: Any, monkeypatch: pytest.MonkeyPatch, seconds: float) -> No
     monkeypatch.setattr(model.llama_model, "forward", slow)
 
 
-def picture() -> np.ndarray:
-    return photo()
+def wait_until(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 120
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def png() -> bytes:

@@ -77,6 +77,8 @@ def test_mistakes_are_found_before_the_model_is_loaded(files: Path, monkeypatch:
     ):
         assert cli.main(["ask", *words]) == 2
         assert message in capsys.readouterr().err
+    assert cli.main(["chat", "nope.png"]) == 2
+    assert "cannot read nope.png: there is no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,21 @@ import gc
 import json
 import random
 import threading
-import time
 import weakref
 from typing import Any
 
-import numpy as np
 import pytest
 
-from lavis_chatbridge.chat import ChatMessage, Conversation, Engine, Sampling, Session, media_of, reader
+from lavis_chatbridge.chat import ChatMessage, Conversation, Engine, Sampling, Session, media_of
+from lavis_chatbridge.chat.conversation import NO_TRACK, SILENT, SILENT_TRACK
 from lavis_chatbridge.errors import ChatBridgeError, PromptError
 from lavis_chatbridge.models.decoding import Decoder
 from lavis_chatbridge.prompting.conversation import Message, Modality, chat_prompt
-from lavis_chatbridge.toyworld import clips, language, pictures, sounds
+from lavis_chatbridge.toyworld import language
+from lavis_chatbridge.toyworld.build import Item, render
 from lavis_chatbridge.toyworld.world import Scene, scenes
 from tests.chat import building
-from tests.chat.building import picture, session, slow_down, sound, video
+from tests.chat.building import picture, session, slow_down, sound, video, wait_until
 
 ENDLESS = Sampling(max_new_tokens=400, temperature=5.0, top_p=1.0, ignore_eos=True)
 FIVE: list[tuple[Modality, ...]] = [("video", "audio"), ("image", "audio"), ("image",), ("audio",), ("video",)]
@@ -97,11 +97,7 @@ def test_a_full_engine_refuses_and_an_unused_one_is_collected(model: Any):
     kept = weakref.ref(engine)
     engine.close()
     del engine, replies
-    deadline = time.monotonic() + 30
-    while kept() is not None and time.monotonic() < deadline:
-        gc.collect()
-        time.sleep(0.1)
-    assert kept() is None
+    wait_until(lambda: gc.collect() is not None and kept() is None)
 
 
 def test_a_text_is_continued_as_it_is(model: Any):
@@ -138,12 +134,12 @@ def test_notes_on_media(model: Any):
         audios=[sound(), sound(loudness=0.0), sound(0.005)],
     )
     found = [(note.modality, note.tokens, *note.warnings) for note in answer.media]
-    assert found[:5] == [("image", 3), ("video", 3), ("audio", 3), ("video", 3), ("audio", 0, reader.NO_TRACK)]
-    assert found[5:7] == [("video", 3), ("audio", 0, reader.SILENT_TRACK)]
-    assert found[7:9] == [("audio", 3), ("audio", 3, reader.SILENT)]
+    assert found[:5] == [("image", 3), ("video", 3), ("audio", 3), ("video", 3), ("audio", 0, NO_TRACK)]
+    assert found[5:7] == [("video", 3), ("audio", 0, SILENT_TRACK)]
+    assert found[7:9] == [("audio", 3), ("audio", 3, SILENT)]
     assert found[9:] == [("audio", 0, "5 ms of sound are less than 25 ms")]
     assert len(answer.warnings) == 4
-    assert json.loads(json.dumps(dataclasses.asdict(answer)))["media"][4]["warnings"] == [reader.NO_TRACK]
+    assert json.loads(json.dumps(dataclasses.asdict(answer)))["media"][4]["warnings"] == [NO_TRACK]
 
 
 def test_media_are_encoded_once(model: Any, monkeypatch: pytest.MonkeyPatch):
@@ -163,21 +159,13 @@ def about_one(scene: tuple[Scene, ...], words: random.Random) -> language.Questi
     return language.Question(f"what is {asker.attribute(fact)}?", fact.value, "name", (fact,))
 
 
-def files_of(scene: tuple[Scene, ...], rng: np.random.Generator) -> list[tuple[Modality, bytes]]:
+def files_of(scene: tuple[Scene, ...], number: int) -> list[tuple[Modality, bytes]]:
     """The media as files; a sound beside a video is the video's own track."""
-    files: list[tuple[Modality, bytes]] = []
-    for one in scene:
-        if one.modality == "image":
-            files.append(("image", pictures.encode(pictures.render(one, rng), "png", rng)))
-        elif one.modality == "video":
-            clip, sound = clips.render(one, rng), None
-            if len(scene) > 1:
-                seconds = max(sounds.SECONDS[0], len(clip.frames) / clip.rate)
-                sound = sounds.render(scene[1], rng, seconds, rate=16_000)
-            return [("video", clips.encode(clip, rng, sound))]
-        else:
-            files.append(("audio", sounds.encode(sounds.render(one, rng), "wav")))
-    return files
+    first, *others = scene
+    if first.modality == "video":
+        return [("video", render(Item("a.mp4", "joint", number, first, *others), seed=7))]
+    names = {"image": "a.png", "audio": "a.wav"}
+    return [(one.modality, render(Item(names[one.modality], "joint", number, one), seed=7)) for one in scene]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +186,7 @@ def test_the_shipped_model_answers_rightly_about_the_embedded_world(tiny: Engine
         else:
             joint = language.Asker(scene, words).ask("name")
             asked = [about_one(scene, words), joint, about_one(scene, words)]
-        media = files_of(scene, np.random.default_rng([7, number]))
+        media = files_of(scene, number)
         for question in asked:
             answer = talk.ask(question.text, media=media)
             assert sum(note.reached for note in answer.media) == len(scene)

@@ -81,7 +81,6 @@ def test_edit_and_undo_and_regenerate_crop_the_cache(model: Any):
         ({"temprature": 1.0}, "did you mean 'temperature'"),
         ({"image": "a.png"}, "did you mean 'images'"),
         ({"stop": "###"}, "stop: expected a list"),
-        ({"num_beams": 2, "temperature": 1.0}, "asks for sampling"),
     ],
 )
 def test_wrong_settings_are_named(model: Any, setting: dict[str, Any], message: str):

@@ -74,6 +74,8 @@ def test_a_broken_medium_is_told_without_its_path_and_then_left_out(parts: Any, 
     assert fault["metadata"]["title"] == "Not answered"
     assert "broken.png: it is not an image" in fault["content"]
     assert str(files) not in fault["content"]
+    *_, (unfit,) = page.respond({"text": "What is it?"}, [], "", 8, 0.0, 0.9, 1e30, True)
+    assert "settings.seed is" in unfit["content"]
     history = [message("user", "A"), message("assistant", "B"), message("user", attached(str(files / "broken.png")))]
     history += [message("assistant", fault["content"], title="Not answered"), message("user", "D")]
     assert [m.text for m in parts.conversation_of(history, "", hear=True).messages] == ["A", "B", "D"]

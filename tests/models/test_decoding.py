@@ -43,6 +43,7 @@ LOGITS = [2.0, 1.0, 0.5, -1.0]
     [
         ({}, LOGITS),
         ({"temperature": 0.5}, [2 * value for value in LOGITS]),
+        ({"temperature": 1e-300}, [2.0, -math.inf, -math.inf, -math.inf]),
         ({"top_k": 2}, [2.0, 1.0, -math.inf, -math.inf]),
         ({"top_k": -1}, LOGITS),
         ({"top_p": 0.7}, [2.0, 1.0, -math.inf, -math.inf]),
@@ -161,6 +162,8 @@ def test_beams_end_at_stop_texts_and_keep_to_the_fewest_tokens(model: Any) -> No
     ("values", "message"),
     [
         ({"temperature": math.inf}, "temperature is inf, expected at most 100"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808, expected at most 9223372036854775807"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300, expected at least 0.01"),
         ({"num_beams": 2, "temperature": 1}, "a search, but temperature 1.0 asks for sampling"),
         ({"num_return_sequences": 3}, "raise num_beams, or set a temperature"),
         ({"num_beams": 2, "presence_penalty": 1}, "presence_penalty and frequency_penalty are not for beam search"),

@@ -18,7 +18,7 @@ from lavis_chatbridge.chat.engine import Answer, Event, QueueFullError
 from lavis_chatbridge.chat.messages import Access, read_messages
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
 from lavis_chatbridge.models.decoding import TokenLogprob
-from lavis_chatbridge.models.sampling import Sampling
+from lavis_chatbridge.models.sampling import Sampling, Seed
 from lavis_chatbridge.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -82,10 +82,10 @@ class Body(BaseModel):
     top_p: float | None = Field(0.9, ge=0, le=1)
     top_k: int | None = Field(0, ge=-1)
     min_p: float | None = Field(0.0, ge=0, le=1)
-    repetition_penalty: float | None = Field(1.0, gt=0)
+    repetition_penalty: float | None = Field(1.0, ge=0.01, le=100)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    seed: int | None = None
+    seed: Seed | None = None
     stop: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=16), BeforeValidator(_texts)] = []
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
@@ -198,7 +198,8 @@ def refusal_of(error: Exception, number: str) -> RequestError:
         return RequestError(400, f"{where} cannot be read: {error.cause}", "invalid_media", where)
     if isinstance(error, DataError):  # it begins with the position
         where = str(error).partition(" ")[0]
-        return RequestError(400, str(error), "invalid_value", where if where.startswith("messages") else "messages")
+        param = where if where.startswith(("messages", "prompt")) else "messages"
+        return RequestError(400, str(error), "invalid_value", param)
     if isinstance(error, PromptError):
         return RequestError(400, str(error), "context_length_exceeded", "messages")
     if isinstance(error, EngineError):
