@@ -128,9 +128,6 @@ def _version(
     """Options of ``chatbridge`` itself."""
 
 
-_LISTS = ("--options", "--ablate", "--splits", "--against")
-
-
 def spread(words: Sequence[str]) -> list[str]:
     """Rewrite LAVIS's lists for typer: ``--options A=1 B 2`` becomes ``--options A=1 --options B=2``.
 
@@ -140,26 +137,17 @@ def spread(words: Sequence[str]) -> list[str]:
     waiting = list(words)
     while waiting:
         option = waiting.pop(0)
-        if option not in _LISTS:
+        if option not in ("--options", "--ablate", "--splits", "--against"):
             result.append(option)
             continue
         values = list(itertools.takewhile(lambda word: not word.startswith("-"), waiting))
         del waiting[: len(values)]
         if option == "--options":
-            values = _assignments(values)
+            rest = iter(values)
+            values = [word if "=" in word else "=".join([word, *itertools.islice(rest, 1)]) for word in rest]
         if option == "--ablate":
             values = values or ["all"]
         result += [word for value in values for word in (option, value)] or [option]
-    return result
-
-
-def _assignments(words: Sequence[str]) -> list[str]:
-    """``KEY=VALUE`` for each ``KEY=VALUE`` or ``KEY VALUE``."""
-    result = []
-    rest = iter(words)
-    for word in rest:
-        value = [] if "=" in word else list(itertools.islice(rest, 1))
-        result.append("=".join([word, *value]))
     return result
 
 

@@ -22,13 +22,9 @@ from lavis_chatbridge.errors import DataError
 _log = logging.getLogger(__name__)
 
 
-def _left_by_umask(mode: int) -> int:
-    taken = os.umask(0o077)
-    os.umask(taken)
-    return mode & ~taken
-
-
-SHARED, PRIVATE = _left_by_umask(0o666), 0o600
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+SHARED, PRIVATE = 0o666 & ~_UMASK, 0o600
 """File modes: the umask's (at import of this module), or owner only."""
 
 

@@ -232,17 +232,29 @@ def _cached(name: Name) -> Path | None:
 
 
 def _fetch(name: Name) -> Path:
-    """Download in one process; others wait for its locks, and then use the cached files."""
+    """Download in one process; others wait for its locks, and then use the cached files.
+
+    huggingface_hub resumes after a broken connection.
+    """
     from huggingface_hub import constants
+    from huggingface_hub.file_download import http_get
 
     sizes, target = _remote_sizes(name), _url_path(name.url)
-    _check_disk(target.parent if name.url else Path(constants.HF_HUB_CACHE), sum(sizes.values()), name.text)
+    folder = target.parent if name.url else Path(constants.HF_HUB_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (size := sum(sizes.values())) > (free := shutil.disk_usage(folder).free):
+        raise CheckpointError(
+            f"{name.text} takes {tqdm.format_sizeof(size, 'B', 1024)}, but {folder} has "
+            f"{tqdm.format_sizeof(free, 'B', 1024)} free: make room, or set HF_HOME to a folder on another disk"
+        )
     if name.repo:
         paths = [_download(name, file) for file in sizes]
         return paths[0] if name.file else paths[0].parent
     with locked(target):
         if not target.is_file():
-            _download_url(name, target, sizes[name.url])
+            with atomic_file(target) as temporary, open(temporary, "wb") as file:
+                uncompressed = {"Accept-Encoding": "identity"}
+                _ask(name, lambda: http_get(name.url, file, headers=uncompressed, expected_size=size or None))
     return target
 
 
@@ -250,15 +262,6 @@ def _download(name: Name, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(_ask(name, lambda: hf_hub_download(name.repo, file, revision=name.revision)))
-
-
-def _download_url(name: Name, target: Path, size: int) -> None:
-    """Download a file; huggingface_hub resumes it after a broken connection."""
-    from huggingface_hub.file_download import http_get
-
-    uncompressed = {"Accept-Encoding": "identity"}
-    with atomic_file(target) as temporary, open(temporary, "wb") as file:
-        _ask(name, lambda: http_get(name.url, file, headers=uncompressed, expected_size=size or None))
 
 
 def _remote_sizes(name: Name) -> dict[str, int]:
@@ -286,16 +289,6 @@ def _url_path(url: str) -> Path:
     import torch.hub
 
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-
-
-def _check_disk(folder: Path, size: int, what: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise CheckpointError(
-            f"{what} takes {tqdm.format_sizeof(size, 'B', 1024)}, but {folder} has "
-            f"{tqdm.format_sizeof(free, 'B', 1024)} free: make room, or set HF_HOME to a folder on another disk"
-        )
 
 
 def _ask(name: Name, request: Callable[[], T]) -> T:

@@ -77,7 +77,13 @@ class ChatBridgeConfig(PretrainedConfig):
             )
         config = cls._of_yaml(folder / RUN_CONFIG)
         config.model |= {"checkpoint": str(folder.resolve() / "model.safetensors")}
-        config.about["scores"] = _scores(folder / RUN_LOG)
+        log = [json.loads(line) for _, line in read_lines(folder / RUN_LOG)] if (folder / RUN_LOG).is_file() else []
+        scores: dict[str, Any] = next(
+            (line for line in reversed(log) if "val_step" in line), {}
+        )  # of the last validation
+        config.about["scores"] = {
+            name.removeprefix("val_"): value for name, value in scores.items() if isinstance(value, int | float)
+        }
         return config, folder
 
     @classmethod
@@ -97,7 +103,9 @@ class ChatBridgeConfig(PretrainedConfig):
         for part, key in FROZEN:
             names = self.model.get(part, {}).get(key)
             if folder is not None and names is not None:
-                model[part][key] = [_absolute(name, folder) for name in hub.as_list(names)]
+                local = {name: folder / name for name in hub.as_list(names)}
+                # Links stay as they are: the hub's cache links to files without names.
+                model[part][key] = [os.path.abspath(p) if p.exists() else name for name, p in local.items()]
         return merged({"model": model, "preprocess": self.preprocess})
 
     def settings(self, folder: Path | None = None, changes: Mapping[str, Any] | None = None) -> ModelSettings:
@@ -143,13 +151,17 @@ class ChatBridgeConfig(PretrainedConfig):
         from huggingface_hub import ModelCard, ModelCardData
 
         tags = ["chatbridge", "image-text-to-text", "video-text-to-text", "audio-text-to-text"]
-        sources = [(setting, " or ".join(entry["source"])) for setting, entry in self.frozen.items()]
+        parts = []
+        for setting, entry in self.frozen.items():
+            source = " or ".join(entry["source"])
+            licence = next((name for word, name in _LICENCES.items() if word in source.lower()), "see the source")
+            parts.append((setting, source, licence))
         return ModelCard.from_template(
             ModelCardData(library_name="transformers", pipeline_tag="any-to-any", tags=tags),
             template_path=str(Path(__file__).with_name("card.md")),
             name=self.model.get("model_type", "own parts"),
             version=__version__,
-            parts=[(setting, source, _licence(source)) for setting, source in sources],
+            parts=parts,
             data=self.about.get("data", []),
             recipe=list(self.about.get("recipe", {}).items()),
             scores=list(self.about.get("scores", {}).items()),
@@ -163,22 +175,6 @@ def content_hash(path: Path) -> str:
     listed = sorted(file for file in path.iterdir() if file.is_file() and file.suffix != ".md")
     sizes = {file.name: file.stat().st_size for file in listed}
     return hash_of({f.name: hash_of_file(f) if sizes[f.name] < _HASHED_WHOLE else sizes[f.name] for f in listed})
-
-
-def _scores(log: Path) -> dict[str, float]:
-    """The numbers of a run's last validation."""
-    lines = [json.loads(line) for _, line in read_lines(log)] if log.is_file() else []
-    last: dict[str, Any] = next((line for line in reversed(lines) if "val_step" in line), {})
-    return {name.removeprefix("val_"): value for name, value in last.items() if isinstance(value, int | float)}
-
-
-def _licence(source: str) -> str:
-    return next((name for word, name in _LICENCES.items() if word in source.lower()), "see the source")
-
-
-def _absolute(name: str, folder: Path) -> str:
-    inside = folder / name
-    return os.path.abspath(inside) if inside.exists() else name  # links stay: the hub's cache links to nameless files
 
 
 def _relative(name: str, folder: Path) -> str:

@@ -87,7 +87,13 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         found, folder = ChatBridgeConfig.find(name, revision)
         config = config or found
-        changes = _changes(dtype, device_map, quantization_config)
+        changes: dict[str, Any] = {"vision": {}, "audio": {}, "language_model": {}}  # of the section `model`
+        if dtype is not None and dtype != "auto":
+            changes = {part: {"dtype": str(dtype).removeprefix("torch.")} for part in changes}
+        if quantization_config is not None:
+            changes["language_model"]["quantization"] = "4bit" if quantization_config.load_in_4bit else "8bit"
+        if device_map in PLACEMENTS:
+            changes["language_model"]["device_map"] = device_map
         if folder is not None and (folder / CONFIG).is_file():
             config.check_frozen(config.settings(folder, changes))
             changes["checkpoint"] = str(folder)
@@ -209,25 +215,10 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         **media: Tensor,
     ) -> tuple[Rows, Tensor | None]:
-        """The `Rows` of :mod:`models.layout`, on the CPU, and the soft tokens ``[S, D]`` of the media."""
-        soft = self._soft_tokens(**media)
-        ids = input_ids.cpu()
-        index = torch.full_like(ids, -1) if soft_index is None else soft_index.cpu()
-        given = 0 if soft is None else len(soft)
-        if (needed := int(index.max()) + 1) > given:
-            raise PromptError(f"the prompts need {needed} soft tokens, but the media give {given}")
-        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
-        positions = (mask.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids.cpu()
-        labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
-        is_soft = index >= 0
-        return Rows(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels), soft
+        """The `Rows` of :mod:`models.layout`, on the CPU, and ``[S, D]`` soft tokens; None without media.
 
-    def _embeds(self, rows: Rows, soft: Tensor | None) -> Tensor:
-        llm = self.chatbridge.llama_model
-        return embed(rows, soft, llm.get_input_embeddings(), llm.embedding_scale)
-
-    def _soft_tokens(self, **media: Tensor) -> Tensor | None:
-        """``[S, D]`` soft tokens of all images, then videos, then sounds; None without media."""
+        The soft tokens are those of all images, then videos, then sounds.
+        """
         given: dict[Modality, list[Any]] = {
             m: list(media[name]) for m, name in PIXELS.items() if media.get(name) is not None
         }
@@ -238,7 +229,21 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
         parts: list[Tensor] = []
         for modality, own in given.items():
             parts += self.chatbridge.perceive_media(modality, self.chatbridge.encode_media(modality, own))
-        return torch.cat(parts) if parts else None
+        soft = torch.cat(parts) if parts else None
+        ids = input_ids.cpu()
+        index = torch.full_like(ids, -1) if soft_index is None else soft_index.cpu()
+        present = 0 if soft is None else len(soft)
+        if (needed := int(index.max()) + 1) > present:
+            raise PromptError(f"the prompts need {needed} soft tokens, but the media give {present}")
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+        positions = (mask.cumsum(1) - 1).clamp(min=0) if position_ids is None else position_ids.cpu()
+        labels = torch.full_like(ids, IGNORED) if labels is None else labels.cpu()
+        is_soft = index >= 0
+        return Rows(ids.masked_fill(is_soft, SOFT), index[is_soft], mask, positions, labels), soft
+
+    def _embeds(self, rows: Rows, soft: Tensor | None) -> Tensor:
+        llm = self.chatbridge.llama_model
+        return embed(rows, soft, llm.get_input_embeddings(), llm.embedding_scale)
 
 
 class _StopsStreaming:
@@ -265,18 +270,6 @@ class _StopsStreaming:
     def _pass_on(self) -> None:
         while self._held and self._stream.stopped is None:
             self._streamer.put(self._held.pop(0))
-
-
-def _changes(dtype: torch.dtype | str | None, device_map: Any, quantization: Any) -> dict[str, Any]:
-    """transformers' loading arguments as changes to the ``model`` section."""
-    changes: dict[str, Any] = {"vision": {}, "audio": {}, "language_model": {}}
-    if dtype is not None and dtype != "auto":
-        changes = {part: {"dtype": str(dtype).removeprefix("torch.")} for part in changes}
-    if quantization is not None:
-        changes["language_model"]["quantization"] = "4bit" if quantization.load_in_4bit else "8bit"
-    if device_map in PLACEMENTS:
-        changes["language_model"]["device_map"] = device_map
-    return changes
 
 
 def _with_copies(settings: ModelSettings, folder: Path) -> ModelSettings:

@@ -222,8 +222,11 @@ class ChatBridgeProcessor(ProcessorMixin):
         ids = rows.token_ids.masked_fill(rows.token_ids == PADDING, self.codec.pad_id)
         ids = torch.where(soft >= 0, placeholders, ids)
         columns = {"input_ids": ids, "attention_mask": rows.attention_mask, "soft_index": soft}
-        if generate:
-            columns = _padded_left(columns, {"input_ids": self.codec.pad_id, "attention_mask": 0, "soft_index": -1})
+        if generate:  # move the padding from the right to the left
+            lengths = rows.attention_mask.sum(1).tolist()
+            for name, padding in (("input_ids", self.codec.pad_id), ("attention_mask", 0), ("soft_index", -1)):
+                cut = [row[:length] for row, length in zip(columns[name], lengths, strict=True)]
+                columns[name] = pad_sequence(cut, True, padding, padding_side="left")
         else:
             columns |= {"position_ids": rows.position_ids, "labels": rows.labels}
         return BatchFeature({**columns, **_media_tensors(by_modality)})
@@ -278,13 +281,6 @@ def _rows(media: Any, text: str | Sequence[str] | None, modality: str) -> list[l
     if not isinstance(media, list) or found != len(text):
         raise PromptError(f"{len(text)} texts, but {modality}s for {found} rows: pass a list with one entry per text")
     return [own if isinstance(own, list) else [own] for own in media]
-
-
-def _padded_left(columns: Mapping[str, Tensor], padding: Mapping[str, int]) -> dict[str, Tensor]:
-    """Move the padding of rows from the right to the left."""
-    lengths = columns["attention_mask"].sum(1).tolist()
-    rows = {name: [row[:n] for row, n in zip(column, lengths, strict=True)] for name, column in columns.items()}
-    return {name: pad_sequence(own, True, padding[name], padding_side="left") for name, own in rows.items()}
 
 
 def _media_tensors(by_modality: Mapping[Modality, Sequence[Any]]) -> dict[str, Tensor]:

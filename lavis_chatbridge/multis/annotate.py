@@ -21,7 +21,6 @@ from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json
 from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
 from lavis_chatbridge.schema import check_inside
 
-FRAMES_PER_VIDEO = 3
 _SAMPLE_FIELDS = ("turns", "answers", "style", "task", "facts", "held_out", "meta")
 """Fields of the sample schema to ignore, so that a JSONL of samples can be annotated."""
 _log = logging.getLogger(__name__)
@@ -115,12 +114,9 @@ def _views(item: Annotation, root: Path, modalities: Container[str]) -> Iterator
         elif medium.type == "image":
             yield View(item.id, "image", medium.path, media.open_image(path))
         else:
-            for number, frame in enumerate(media.open_video(path, _middles)):
+            frames = media.open_video(path, lambda count: [sixth * count // 6 for sixth in (1, 3, 5)])
+            for number, frame in enumerate(frames):
                 yield View(item.id, "image", medium.path, frame, number)
-
-
-def _middles(count: int) -> list[int]:
-    return [(2 * number + 1) * count // (2 * FRAMES_PER_VIDEO) for number in range(FRAMES_PER_VIDEO)]
 
 
 def _with_findings(item: Annotation, author: str, view: View, found: Findings) -> Annotation:

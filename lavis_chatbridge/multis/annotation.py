@@ -114,21 +114,17 @@ def describe(annotation: Annotation) -> str:
         what = "image" if annotation.modality == "image" else "clip"
         lines += [f"What people say about the {what}:", *(f"- {text.strip()}" for text in annotation.captions)]
     for frame in sorted(annotation.frames, key=lambda frame: frame.position):
-        lines += _describe_frame(frame, annotation.modality)
+        moment = f"{round(100 * frame.position)} % of the clip" if frame.time is None else f"{frame.time:.1f} s"
+        name = "Image" if annotation.modality == "image" else f"Frame at {moment}"
+        lines.append(f"{name}: {frame.caption.strip()}".rstrip())
+        for region in frame.regions:
+            box = "" if region.box is None else " at [" + ", ".join(f"{value:.2f}" for value in region.box) + "]"
+            lines.append(f"  - {region.text.strip()}{box}")
+        if frame.semantics:
+            areas = (f"{name} {round(100 * share)} %" for name, share in frame.semantics.items())
+            lines.append("  Areas: " + ", ".join(areas))
     if annotation.sound_captions:
         lines += ["What people say about the sound:", *(f"- {text.strip()}" for text in annotation.sound_captions)]
     if annotation.tags:
         lines.append("Sounds recognised: " + ", ".join(annotation.tags))
     return "\n".join(lines)
-
-
-def _describe_frame(frame: Frame, modality: ItemModality) -> list[str]:
-    moment = f"{round(100 * frame.position)} % of the clip" if frame.time is None else f"{frame.time:.1f} s"
-    name = "Image" if modality == "image" else f"Frame at {moment}"
-    lines = [f"{name}: {frame.caption.strip()}".rstrip()]
-    for region in frame.regions:
-        box = "" if region.box is None else " at [" + ", ".join(f"{value:.2f}" for value in region.box) + "]"
-        lines.append(f"  - {region.text.strip()}{box}")
-    if frame.semantics:
-        lines.append("  Areas: " + ", ".join(f"{name} {round(100 * s)} %" for name, s in frame.semantics.items()))
-    return lines

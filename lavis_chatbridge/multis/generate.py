@@ -94,17 +94,6 @@ class Request:
     messages: list[Any]
     max_tokens: int
 
-    @property
-    def prompt_tokens(self) -> int:
-        """Estimated number of prompt tokens, at four characters per token."""
-        return sum(len(m["content"]) // _CHARACTERS_PER_TOKEN + _TOKENS_PER_MESSAGE for m in self.messages)
-
-    @property
-    def answer_tokens(self) -> int:
-        """Estimated number of answer tokens: the mean of the examples in the prompt."""
-        lengths = [len(m["content"]) for m in self.messages if m["role"] == "assistant"]
-        return sum(lengths) // len(lengths) // _CHARACTERS_PER_TOKEN if lengths else self.max_tokens
-
     def greatest_cost(self, price: Price) -> float:
         """Upper bound of the cost in US dollars: every token of the prompt has at least one byte."""
         prompt_tokens = sum(len(m["content"].encode()) + _TOKENS_PER_MESSAGE for m in self.messages)
@@ -153,8 +142,9 @@ def estimate(requests: Iterable[Request], price: Price, folder: str | Path) -> E
             known += 1
             continue
         count += 1
-        prompt += request.prompt_tokens
-        answer += request.answer_tokens
+        prompt += sum(len(m["content"]) // _CHARACTERS_PER_TOKEN + _TOKENS_PER_MESSAGE for m in request.messages)
+        examples = [len(m["content"]) for m in request.messages if m["role"] == "assistant"]
+        answer += sum(examples) // len(examples) // _CHARACTERS_PER_TOKEN if examples else request.max_tokens
     spent = sum(record["cost"] for record in answers.values())
     return Estimate(count, known, prompt + answer, price.cost(prompt, answer), spent)
 
@@ -255,7 +245,16 @@ class _Run:
         except (openai.APIError, ValueError, TypeError, AttributeError, IndexError) as error:
             self._failed(request, f"{type(error).__name__}: {error.__cause__ or error}")
         else:
-            self._answered(request, answer, text, finish)
+            cost, usage = request.greatest_cost(self.price), {}
+            if answer.usage:
+                usage = answer.usage.model_dump(include={"prompt_tokens", "completion_tokens"})
+                cost = self.price.cost(**usage)
+            about = {"id": request.id, "item": request.item, "kind": request.kind, "modality": request.modality}
+            found = {"text": text, "finish": finish, "model": answer.model, "cost": round(cost, 9), **usage}
+            append_lines(self.file, [json.dumps({**about, **found})])
+            self.report.answered += 1
+            self.report.spent += cost
+            self.failed_in_a_row = 0
 
     def _failed(self, request: Request, reason: str) -> None:
         _log.warning("%s of item %s has no answer: %s", request.kind, request.item, reason[:300])
@@ -263,15 +262,3 @@ class _Run:
         self.failed_in_a_row += 1
         if self.failed_in_a_row >= STOP_AFTER:
             self.report.stopped = f"{self.failed_in_a_row} requests in a row failed, the last one: {reason[:300]}"
-
-    def _answered(self, request: Request, answer: Any, text: str, finish: str) -> None:
-        cost, usage = request.greatest_cost(self.price), {}
-        if answer.usage:
-            usage = answer.usage.model_dump(include={"prompt_tokens", "completion_tokens"})
-            cost = self.price.cost(**usage)
-        about = {"id": request.id, "item": request.item, "kind": request.kind, "modality": request.modality}
-        found = {"text": text, "finish": finish, "model": answer.model, "cost": round(cost, 9), **usage}
-        append_lines(self.file, [json.dumps({**about, **found})])
-        self.report.answered += 1
-        self.report.spent += cost
-        self.failed_in_a_row = 0

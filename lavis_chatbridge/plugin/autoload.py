@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,8 @@ def find_spec(name: str, path: Sequence[str] | None, target: ModuleType | None) 
     elif name.startswith("lavis.models."):
         compat.patch_transformers()
     elif name in SERVED:
-        return _next_spec(name, path, target) or _serve(name)
+        own = Path(__file__).parents[1] / "cli.py"  # a file, so that `python -m` and spawned children can run it
+        return _next_spec(name, path, target) or importlib.util.spec_from_file_location(name, own)
     elif name == "lavis.models":
         return _wrapped(_next_spec(name, path, target), compat.loading_models)
     elif name == "lavis.tasks" or name.startswith("lavis_chatbridge."):
@@ -57,12 +59,6 @@ def _next_spec(name: str, path: Sequence[str] | None, target: ModuleType | None)
     others = (finder for finder in sys.meta_path if type(finder).__module__ != "lavis_chatbridge")
     specs = (finder.find_spec(name, path, target) for finder in others if hasattr(finder, "find_spec"))
     return next(filter(None, specs), None)
-
-
-def _serve(name: str) -> ModuleSpec | None:
-    """The file ``cli.py`` as ``name``, so that ``python -m`` and spawned children can run it."""
-    own = importlib.util.find_spec("lavis_chatbridge.cli")
-    return None if own is None or own.origin is None else importlib.util.spec_from_file_location(name, own.origin)
 
 
 def _wrapped(spec: ModuleSpec | None, around: Callable[[str], AbstractContextManager[None]]) -> ModuleSpec | None:
@@ -83,16 +79,12 @@ def _wrapped(spec: ModuleSpec | None, around: Callable[[str], AbstractContextMan
 
 @contextmanager
 def _before_registering(name: str) -> Iterator[None]:
+    """Register the plugin's classes once LAVIS is complete and no module of this package is half imported."""
     _in_progress.append(name)
     try:
         yield
     finally:
         _in_progress.remove(name)
-    _register_when_ready()
-
-
-def _register_when_ready() -> None:
-    """Register the plugin's classes once LAVIS is complete and no module of this package is half imported."""
     # The last name that lavis.tasks defines: its module counts as initialising until after this has been called.
     if not _to_register or _in_progress or "setup_task" not in vars(sys.modules.get("lavis.tasks", sys)):
         return

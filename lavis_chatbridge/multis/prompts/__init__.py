@@ -83,7 +83,16 @@ class PromptBook:
         self.examples: dict[tuple[DataKind, ItemModality], list[tuple[str, str]]] = {}
         """Kind and modality -> pairs of description and answer."""
         for modality in ITEM_MODALITIES:
-            self._add_seeds(modality, self.folder / "seeds" / f"{modality.replace('+', '_')}.yaml")
+            self.examples |= {(kind, modality): [] for kind in DATA_KINDS}
+            file = self.folder / "seeds" / f"{modality.replace('+', '_')}.yaml"
+            media = [{"type": medium, "path": "seed"} for medium in modality.split("+")]
+            for number, entry in enumerate(_load(file)):
+                where = f"{file.name}[{number}]"
+                seed = parse(Seed, entry, where)
+                description = describe(from_json({"id": where, "media": media, **seed.annotation}, where))
+                for kind in DATA_KINDS:
+                    if answer := seed.answer(kind):
+                        self.examples[kind, modality].append((description, answer))
 
     def messages(self, kind: DataKind, annotation: Annotation) -> list[dict[str, str]]:
         """The chat messages that request data of ``kind`` about one item, with examples sampled by its id."""
@@ -100,17 +109,6 @@ class PromptBook:
     def question(self, modality: ItemModality, item: str) -> str:
         """The question for a detailed description, which is requested without one; depends only on the item."""
         return random.Random(f"detail/{item}").choice(self.kinds["detail"].questions[modality])
-
-    def _add_seeds(self, modality: ItemModality, file: Path) -> None:
-        self.examples |= {(kind, modality): [] for kind in DATA_KINDS}
-        media = [{"type": medium, "path": "seed"} for medium in modality.split("+")]
-        for number, entry in enumerate(_load(file)):
-            where = f"{file.name}[{number}]"
-            seed = parse(Seed, entry, where)
-            description = describe(from_json({"id": where, "media": media, **seed.annotation}, where))
-            for kind in DATA_KINDS:
-                if answer := seed.answer(kind):
-                    self.examples[kind, modality].append((description, answer))
 
 
 def _load(file: Path) -> Any:

@@ -77,7 +77,13 @@ class Checker:
 
     def __init__(self, options: CheckSettings | None = None, book: PromptBook | None = None) -> None:
         self._options, self._book = options or CheckSettings(), book or PromptBook()
-        self._phrases, self._foreign = _read_phrases(self._options.language)
+        file = Path(self._options.language or Path(__file__).parent / "language.yaml")
+        try:
+            lists = yaml.safe_load(file.read_text(encoding="utf-8"))
+            self._phrases = {name: _any_of(lists[name]) for name in (*_UNUSABLE, "negation", "hedge")}
+            self._foreign = {modality: _any_of(patterns) for modality, patterns in lists["foreign_media"].items()}
+        except (OSError, yaml.YAMLError, re.error, TypeError, AttributeError, KeyError) as error:
+            raise ConfigError(f"cannot read the phrases of {file}: {type(error).__name__}: {error}") from error
         self._things = Things(self._options.things)
         self._known = NearDuplicates(self._options.duplicate_from)
         for (kind, modality), examples in self._book.examples.items():
@@ -149,7 +155,10 @@ class Checker:
 
     def _absent(self, pairs: list[Pair], annotation: Annotation, kind: DataKind) -> Iterator[Reason]:
         """Things, sounds and colours that an answer mentions but the annotation does not support."""
-        supported = self._things.support(_all_words(annotation))
+        supported_by = [*annotation.captions, *annotation.sound_captions, *annotation.tags]
+        for frame in annotation.frames:
+            supported_by += [frame.caption, *(region.text for region in frame.regions), *frame.semantics]
+        supported = self._things.support("\n".join(supported_by))
         absent: dict[str, None] = {}
         for pair in pairs:
             for text in (pair.answer,) if _DENIAL.match(pair.answer) else (pair.question, pair.answer):
@@ -185,13 +194,6 @@ def _sample(record: Mapping[str, Any], pairs: list[Pair], annotation: Annotation
         task=record["kind"],
         meta=meta | ({"licence": annotation.licence} if annotation.licence else {}),
     )
-
-
-def _all_words(annotation: Annotation) -> str:
-    parts = [*annotation.captions, *annotation.sound_captions, *annotation.tags]
-    for frame in annotation.frames:
-        parts += [frame.caption, *(region.text for region in frame.regions), *frame.semantics]
-    return "\n".join(parts)
 
 
 class NearDuplicates:
@@ -261,17 +263,6 @@ def _unfenced(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     fence = _FENCE.match(text)
     return (fence[1] if fence else text).strip()
-
-
-def _read_phrases(path: str | None) -> tuple[dict[str, re.Pattern[str]], dict[str, re.Pattern[str]]]:
-    """The compiled phrases of ``language.yaml``: by name, and ``foreign_media`` by modality."""
-    file = Path(path) if path else Path(__file__).parent / "language.yaml"
-    try:
-        lists = yaml.safe_load(file.read_text(encoding="utf-8"))
-        phrases = {name: _any_of(lists[name]) for name in (*_UNUSABLE, "negation", "hedge")}
-        return phrases, {name: _any_of(patterns) for name, patterns in lists["foreign_media"].items()}
-    except (OSError, yaml.YAMLError, re.error, TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(f"cannot read the phrases of {file}: {type(error).__name__}: {error}") from error
 
 
 def _any_of(patterns: list[str]) -> re.Pattern[str]:
