@@ -118,14 +118,9 @@ def fbank_clips(samples: np.ndarray, settings: AudioSettings, rng: np.random.Gen
 def clip_indices(
     length: int, clip: int, shortest: float, most: int, rng: np.random.Generator | None = None
 ) -> list[int]:
-    """Indices of the clips of a sound to use: all, or one of each of ``most`` segments.
+    """Indices of the clips to use: all, or one of each of ``most`` segments (random with ``rng``, else the middle one).
 
-    Args:
-        length: The sound's length.
-        clip: Length of a clip, in the same unit.
-        shortest: Drop a shorter remainder at the end.
-        most: Maximum number of clips.
-        rng: Chooses a random clip of each segment; None: the middle one.
+    ``length`` of the sound, ``clip`` and ``shortest`` have one unit; a remainder shorter than ``shortest`` is dropped.
     """
     count = -(-length // clip)
     if count > 1 and length - (count - 1) * clip < shortest:

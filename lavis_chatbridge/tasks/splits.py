@@ -101,8 +101,7 @@ class EvaluationSource:
 class EvaluationSplit:
     """The sources of a split for evaluation, without those that have no media to withhold or exchange."""
 
-    def __init__(self, sources: Sequence[Source], replacement: MediaSettings | None = None, seed: int = 0) -> None:
-        how = replacement or MediaSettings()
+    def __init__(self, sources: Sequence[Source], how: MediaSettings, seed: int = 0) -> None:
         replaced = set(how.media_modalities)
         concerned = [source for source in sources if how.media == "normal" or replaced.intersection(source.modalities)]
         if sources and not concerned:

@@ -149,7 +149,7 @@ def test_sources_without_such_media_are_left_out():
     words.modalities = ()
     withheld = MediaSettings(media="withheld", media_modalities=["image"])
     assert [s.name for s in EvaluationSplit([Source("a", 4), words], withheld).sources] == ["a"]
-    assert [s.name for s in EvaluationSplit([Source("a", 4), words]).sources] == ["a", "w"]
+    assert [s.name for s in EvaluationSplit([Source("a", 4), words], MediaSettings()).sources] == ["a", "w"]
     other = MediaSettings(media="shuffled", media_modalities=["video", "audio"])
     with pytest.raises(DataError, match=r"run.media is shuffled, but a, w have no video and no audio"):
         EvaluationSplit([Source("a", 4), words], other)
@@ -167,7 +167,8 @@ class Loser:
 @pytest.mark.parametrize("batch_size", [1, 3, 7])
 def test_validation_loss_is_the_mean_over_tokens_in_any_batches(batch_size):
     task = ChatBridgeTask()
-    loader = EvaluationLoader(EvaluationSplit([Source("a", 7), Source("b", 4)]), batch_size)
+    split = EvaluationSplit([Source("a", 7), Source("b", 4)], MediaSettings())
+    loader = EvaluationLoader(split, batch_size)
     results = task.evaluation(Loser(), loader, cuda_enabled=False)
     scores = task.after_evaluation(val_result=results, split_name="val", epoch=1)
     numbers = [*range(7), *range(4)]
@@ -222,10 +223,11 @@ def test_the_prompt_without_a_medium(words, withheld, prompt):
 def test_nothing_is_predicted_where_nothing_can_be_compared():
     bare = Asked("a", 3)
     bare.sample = lambda index: Sample("s", turns=(Message("user", "What?"),))
+    split = EvaluationSplit([bare], MediaSettings())
     with pytest.raises(DataError, match="a: no sample has an answer or a reference to compare with"):
-        GenerationTask(EvaluationSettings(metrics=["CIDEr"])).before_evaluation(Seer(), EvaluationSplit([bare]))
+        GenerationTask(EvaluationSettings(metrics=["CIDEr"])).before_evaluation(Seer(), split)
     unscored = EvaluationSettings(metrics=["CIDEr"], report_metric=False)
-    GenerationTask(unscored).before_evaluation(Seer(), EvaluationSplit([bare]))
+    GenerationTask(unscored).before_evaluation(Seer(), split)
 
 
 # --- multiple choice
