@@ -22,14 +22,13 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_chatbridge.errors import MediaError
-from lavis_chatbridge.prompting.conversation import Modality, Piece, Slot, Text
+from lavis_chatbridge.prompting.conversation import Modality, Slot, Text
 from lavis_chatbridge.runners.chatbridge_runner import ChatBridgeRunner
 from lavis_chatbridge.runners.config import Config
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 WIDTH, WORDS = 8, 12
-COLOURS = ("red", "green", "blue")
 YAML = """
 model: {{arch: chatbridge, model_type: tiny, checkpoint: null}}
 datasets:
@@ -49,15 +48,16 @@ run:
 """A short run of the tiny ChatBridge on an embedded world."""
 
 
+@dataclasses.dataclass
 class ToySource:
     """A source of ``size`` vectors, with ``1 + index % 5`` targets; ``bad`` ones are unreadable, ``poison`` NaN."""
 
-    ratio = None
-
-    def __init__(
-        self, name: str, modality: Modality, size: int, bad: tuple[int, ...] = (), poison: tuple[int, ...] = ()
-    ) -> None:
-        self.name, self.modality, self.size, self.bad, self.poison = name, modality, size, bad, poison
+    name: str
+    modality: Modality
+    size: int
+    bad: tuple[int, ...] = ()
+    poison: tuple[int, ...] = ()
+    ratio: float | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -66,11 +66,8 @@ class ToySource:
     def lengths(self) -> np.ndarray:
         return np.array([1 + index % 5 for index in range(self.size)])
 
-    def pieces(self, *_unused: Any) -> list[Piece]:
-        return [Slot(self.modality), Text("colour", target=True)]
-
     def sample(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(id=f"{self.name}-{index}", facts={"colour": COLOURS[index % 3]})
+        return SimpleNamespace(id=f"{self.name}-{index}")
 
     def item(self, index: int, epoch: int = 0) -> dict[str, Any]:
         if index in self.bad:
@@ -83,14 +80,11 @@ class ToySource:
         return {
             "sample_id": f"{self.name}-{index}",
             "source": self.name,
-            "pieces": self.pieces(),
+            "pieces": [Slot(self.modality), Text("colour", target=True)],
             "image": [vector] if self.modality == "image" else [],
             "video": [],
             "audio": [vector] if self.modality == "audio" else [],
             "target": [word] * (1 + index % 5),
-            "references": [],
-            "answers": [],
-            "facts": {"colour": COLOURS[index % 3]},
         }
 
 
@@ -121,20 +115,16 @@ class ToyModel(nn.Module):
         for part in (self.frozen, self.words):
             part.requires_grad_(False)
 
-    def logits(self, samples: dict[str, Any]) -> torch.Tensor:
+    def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
         modality = "image" if samples["image"] and samples["image"][0] else "audio"
         query = self.image_query if modality == "image" else self.audio_query
-        vectors = torch.stack([media[0] for media in samples[modality]]).to(query.device)
+        vectors = torch.stack([media[0] for media in samples[modality]])
         hidden = self.dropout(self.norm(self.bridge(vectors) + query[0]))
         for block in self.frozen:
             hidden = hidden + block(hidden)
-        return self.words(hidden)
-
-    def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
         rows = [row for row, words in enumerate(samples["target"]) for _ in words]
         words = torch.tensor([word for words in samples["target"] for word in words])
-        logits = self.logits(samples)[rows]
-        loss = nn.functional.cross_entropy(logits.float(), words.to(logits.device))
+        loss = nn.functional.cross_entropy(self.words(hidden)[rows].float(), words)
         return {"loss": loss, "target_tokens": torch.tensor(len(words))}
 
     def blocks(self) -> list[nn.Module]:
@@ -144,18 +134,11 @@ class ToyModel(nn.Module):
         bridge = [*self.bridge.parameters(), *self.norm.parameters()]
         return {"images": [self.image_query], "sounds": [self.audio_query], "bridge": bridge}
 
-    def generate(self, samples: dict[str, Any], **_unused: Any) -> list[str]:
-        return [f"a {COLOURS[int(word) % 3]} thing" for word in self.logits(samples).argmax(1)]
 
-
-def toy_data(**bad: tuple[int, ...]) -> dict[str, dict[str, ToyGroup]]:
+def toy_data() -> dict[str, dict[str, ToyGroup]]:
     """Two data sets, pictures and sounds, with a training and a validation split."""
-    pictures = {
-        "train": ToyGroup([ToySource("pictures", "image", 23, **bad)]),
-        "val": ToyGroup([ToySource("pictures", "image", 7)]),
-    }
     sounds = {"train": ToyGroup([ToySource("sounds", "audio", 17)]), "val": ToyGroup([ToySource("sounds", "audio", 6)])}
-    return {"pictures": pictures, "sounds": sounds}
+    return {"pictures": {**pictures(23)["pictures"], **pictures(7, "val")["pictures"]}, "sounds": sounds}
 
 
 def pictures(size: int = 12, split: str = "train", source: type = ToySource, **more: Any) -> dict[str, Any]:
@@ -163,10 +146,14 @@ def pictures(size: int = 12, split: str = "train", source: type = ToySource, **m
     return {"pictures": {split: ToyGroup([source("pictures", "image", size, **more)])}}
 
 
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
 def logged(folder: Path, key: str) -> list[Any]:
     """The values of a key in a run's log, in their order."""
-    lines = map(json.loads, (folder / "log.txt").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
+    return [line[key] for line in log_of(folder) if key in line]
 
 
 def config(folder: Path, **run: Any) -> Config:
@@ -191,12 +178,10 @@ def config(folder: Path, **run: Any) -> Config:
     return Config(OmegaConf.create(sections), settings)
 
 
-def runner(
-    folder: Path, model: nn.Module | None = None, data: Any = None, task: Any = None, **run: Any
-) -> ChatBridgeRunner:
+def runner(folder: Path, model: nn.Module | None = None, data: Any = None, **run: Any) -> ChatBridgeRunner:
     """A runner over the toy parts."""
     cfg = config(folder, **run)
-    task = task or ChatBridgeTask.setup_task(cfg)
+    task = ChatBridgeTask.setup_task(cfg)
     task.datasets = data or toy_data()
     return ChatBridgeRunner(cfg=cfg, job_id="job", task=task, model=model or ToyModel(), datasets=task.datasets)
 
@@ -205,14 +190,17 @@ class Stop(Exception):
     """Ends a run as a machine that goes away does."""
 
 
-def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object] | None = None) -> None:
-    """Call ``action``, or raise `Stop`, once a runner has counted ``step``, before it is saved."""
+def stop() -> None:
+    """Raises `Stop`."""
+    raise Stop
+
+
+def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object] = stop) -> None:
+    """Call ``action`` once a runner has counted ``step``, before it is saved."""
     check = one._check_progress
 
     def checked(*arguments: Any) -> None:
         check(*arguments)
-        if one.state.step == step and action is None:
-            raise Stop
         if one.state.step == step:
             action()
 
@@ -234,18 +222,16 @@ def in_processes(work: Any, count: int, *arguments: Any) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    everything = (count, port, work, arguments)
     with preloaded():
-        mp.start_processes(_as_rank, args=everything, nprocs=count, join=True, start_method="forkserver")
+        mp.start_processes(_as_rank, (count, port, work, arguments), count, start_method="forkserver")
 
 
 @contextmanager
 def preloaded() -> Iterator[None]:
     """A server that has imported everything once forks the processes that are started meanwhile."""
     multiprocessing.set_forkserver_preload([__name__])
-    path = os.pathsep.join(sys.path)  # Python up to 3.11.9 forgets sys.path when it preloads
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # Python up to 3.11.9 forgets sys.path when it preloads
         yield
 
 

@@ -17,14 +17,13 @@ import torch
 from lavis_chatbridge.errors import CheckpointError, TrainingError
 from lavis_chatbridge.runners import checkpoints
 from lavis_chatbridge.runners.checkpoints import MODEL, OPTIMIZER, STATE
-from tests.runners.runner_parts import Stop, ToyModel, after_step, runner, same, weights
+from tests.runners.runner_parts import Stop, ToyModel, after_step, log_of, runner, same, weights
 
 
 def log_lines(folder: Path, split: str) -> list[list[object]]:
     """Step, loss and best step of each line of a split in the log."""
-    found = map(json.loads, (folder / "log.txt").read_text().splitlines())
     keys = (f"{split}_step", f"{split}_loss", f"{split}_best_step")
-    return [[line.get(key) for key in keys] for line in found if keys[0] in line]
+    return [[line.get(key) for key in keys] for line in log_of(folder) if keys[0] in line]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 from lavis.common.registry import registry
-from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
-from lavis.models.base_model import BaseModel
 
 from lavis_chatbridge import config as settings
 from lavis_chatbridge.errors import ConfigError
@@ -16,38 +14,14 @@ from lavis_chatbridge.runners.config import load_config
 from lavis_chatbridge.runners.settings import RunSettings
 
 RUN = "run:\n  task: chatbridge_alignment\n  max_iters: 10\n"
+DATA = "datasets: {chatbridge_world_caption: }\n"
 
 
 @pytest.fixture
-def yaml_of(tmp_path, monkeypatch):
-    """A model with two types and a data set, registered for one test; returns a writer of configuration files."""
-    small, large = tmp_path / "small.yaml", tmp_path / "large.yaml"
-    for path, width, depth in ((small, 4, 1), (large, 400, 10)):
-        path.write_text(f"""
-model: {{arch: toy_arch, width: {width}, extra: {{depth: {depth}, heads: 2}}}}
-preprocess: {{vis_processor: {{train: {{name: v, image_size: 56}}}}, text_processor: {{train: {{name: t}}}}}}
-""")
-    data = tmp_path / "data.yaml"
-    data.write_text("datasets: {toy_data: {data_type: images, batch: 3}}\n")
+def yaml_of(tmp_path):
+    """Writes a configuration file."""
 
-    class Model(BaseModel):
-        PRETRAINED_MODEL_CONFIG_DICT = {"small": str(small), "large": str(large)}
-        DEFAULT_MODEL_TYPE = "small"
-
-    class Builder(BaseDatasetBuilder):
-        DATASET_CONFIG_DICT = {"default": str(data)}
-
-        @classmethod
-        def check_config(cls, cfg, where):
-            if "batsh" in cfg:
-                raise ConfigError(settings.unknown_key("batsh", ["batch"], where))
-
-    monkeypatch.setitem(registry.mapping["model_name_mapping"], "toy_arch", Model)
-    monkeypatch.setitem(registry.mapping["builder_name_mapping"], "toy_data", Builder)
-
-    def write(
-        run=RUN, model="model: {arch: toy_arch, extra: {heads: 8}}\n", datasets="datasets: {toy_data: }\n", more=""
-    ):
+    def write(run=RUN, model="model: {arch: chatbridge}\n", datasets=DATA, more=""):
         path = tmp_path / "run.yaml"
         path.write_text(model + datasets + run + more)
         return path
@@ -55,22 +29,21 @@ preprocess: {{vis_processor: {{train: {{name: v, image_size: 56}}}}, text_proces
     return write
 
 
-def test_defaults_lie_under_the_users_yaml_and_options_over_it(yaml_of):
-    cfg = load_config(yaml_of(), ["run.max_iters=20", "datasets.toy_data.batch=5"])
-    assert cfg.model_cfg.model_type == "small"
-    assert (cfg.model_cfg.width, cfg.model_cfg.extra.depth, cfg.model_cfg.extra.heads) == (4, 1, 8)
-    assert (cfg.datasets_cfg.toy_data.data_type, cfg.datasets_cfg.toy_data.batch) == ("images", 5)
-    assert cfg.run.max_iters == 20
+def test_options_override_the_users_yaml_which_overrides_defaults(yaml_of):
+    path = yaml_of(
+        model="model: {arch: chatbridge, perceiver: {queries: 5}}\n",
+        datasets="datasets: {chatbridge_world_caption: {limit: 3, vis_processor: {train: {encoder: {width: 28}}}}}\n",
+    )
+    cfg = load_config(path, ["run.max_iters=20", "datasets.chatbridge_world_caption.limit=5"])
     assert registry.get("configuration") is cfg
-
-
-def test_an_option_selects_the_model_types_yaml_and_data_sets_take_its_processors(yaml_of):
-    path = yaml_of(datasets="datasets: {toy_data: {vis_processor: {train: {image_size: 28}}}}\n")
-    cfg = load_config(path, ["model.model_type=large"])
-    assert (cfg.model_cfg.width, cfg.model_cfg.extra.depth, cfg.model_cfg.extra.heads) == (400, 10, 8)
-    data = cfg.datasets_cfg.toy_data
-    assert (data.vis_processor.train.name, data.vis_processor.train.image_size) == ("v", 28)
-    assert data.text_processor.train.name == "t"
+    assert cfg.run.max_iters == 20
+    model, data = cfg.model_cfg, cfg.datasets_cfg.chatbridge_world_caption
+    assert (model.model_type, model.perceiver.queries, model.perceiver.layers) == ("tiny", 5, 4)
+    assert (data.reader, data.limit) == ("jsonl", 5)
+    processor = data.vis_processor.train
+    assert (processor.name, processor.encoder.width, processor.encoder.depth) == ("chatbridge_image_train", 28, 3)
+    large = load_config(path, ["model.model_type=vicuna13b"]).model_cfg
+    assert (large.perceiver.queries, large.vision.depth) == (5, 39)
 
 
 def test_lavis_code_finds_what_it_reads(yaml_of):
@@ -86,8 +59,8 @@ def test_lavis_code_finds_what_it_reads(yaml_of):
 def test_every_fault_is_reported_at_once(yaml_of):
     path = yaml_of(
         run="run:\n  task: chatbridge_alignement\n  max_iter: 10\n  init_lr: fast\n",
-        model="model: {arch: toy_arch, model_type: largo}\n",
-        datasets="datasets: {toy_data: {batsh: 3}, toy_dat: }\n",
+        model="model: {arch: chatbridge, model_type: smal}\n",
+        datasets="datasets: {chatbridge_world_caption: {limt: 3}, chatbridge_world_captio: }\n",
         more="runn: 1\nseed: 3\n",
     )
     with pytest.raises(ConfigError) as caught:
@@ -95,9 +68,9 @@ def test_every_fault_is_reported_at_once(yaml_of):
     for part in (
         "sections of a configuration: unknown name 'runn', did you mean 'run'?",
         "sections of a configuration: unknown name 'seed'; known are datasets, env, model, preprocess, run",
-        "model.model_type: unknown name 'largo', did you mean 'large'?",
-        "unknown key datasets.toy_data.batsh, did you mean 'batch'?",
-        "datasets: unknown name 'toy_dat', did you mean 'toy_data'?",
+        "model.model_type: unknown name 'smal', did you mean 'small'?",
+        "unknown key datasets.chatbridge_world_caption.limt, did you mean 'limit'?",
+        "datasets: unknown name 'chatbridge_world_captio', did you mean 'chatbridge_world_caption'?",
         "unknown key run.max_iter, did you mean 'max_iters'?",
         "run.init_lr: expected float, found 'fast'",
     ):
@@ -122,7 +95,10 @@ def test_every_fault_is_reported_at_once(yaml_of):
         ("  init_lr: .inf\n", "run.init_lr: Input should be a finite number, found inf"),
         ("  min_lr: 1\n", "init_lr 0.0001 is less than min_lr 1.0 or warmup_lr 0.0"),
         ("  num_beams: 3\n  use_nucleus_sampling: true\n", "choose one"),
-        ("  train_dataset_ratios: {toy_data: 1, toydata: 2}\n", "run.train_dataset_ratios: unknown name 'toydata'"),
+        (
+            "  train_dataset_ratios: {chatbridge_world_caption: 1, toydata: 2}\n",
+            "run.train_dataset_ratios: unknown name 'toydata'",
+        ),
         ("  runner: chatbridge_runer\n", "run.runner: unknown name 'chatbridge_runer', did you mean"),
     ],
 )

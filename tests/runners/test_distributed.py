@@ -38,14 +38,7 @@ def test_a_device_that_is_not_there(monkeypatch):
         distributed.choose_device("auto", ProcessRank(3, 4, 3))
 
 
-def test_one_announced_process_meets_nobody(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert distributed.init(config(tmp_path).run) == torch.device("cpu")
-    assert not distributed.in_group()
-
-
-def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
+def test_a_process_logs_what_it_waits_for_and_one_alone_does_not_wait(tmp_path, monkeypatch, capfd):
     for name, value in {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu1", "MASTER_PORT": "9"}.items():
         monkeypatch.setenv(name, value)
 
@@ -61,6 +54,10 @@ def test_a_process_that_waits_says_for_what(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol show hostnames .* MASTER_PORT=29500"):
         distributed.init(config(tmp_path).run)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert distributed.init(config(tmp_path).run) == torch.device("cpu")
+    assert not distributed.in_group()
 
 
 def told(folder: Path, work: Any, *arguments: Any) -> list[str]:

@@ -160,18 +160,14 @@ def model_of(world: Path, folder: Path, *options: str) -> Any:
     return registry.get_model_class("chatbridge").from_config(configured(folder, world, *options).model_cfg)
 
 
-@pytest.mark.parametrize(("bits", "other"), [("8bit", "4bit"), ("4bit", "8bit")])
-def test_quantised_training_resumes_exactly_and_only_with_the_same_weights(tmp_path, world, bits, other):
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantised_training_resumes_exactly(tmp_path, world, bits):
     """Validations, which run without gradients, are between the steps; LoRA's matrices are beside the codes."""
     adapters = "model.language_model.lora.target_modules=[q_proj,down_proj]"
-    options = (*SAVED, "run.valid_splits=[test]", adapters, "run.gradient_checkpointing=true")
-    quantised = (*options, f"model.language_model.quantization={bits}")
+    quantised = (*SAVED, "run.valid_splits=[test]", adapters, "run.gradient_checkpointing=true")
+    quantised += (f"model.language_model.quantization={bits}",)
     whole = run(tmp_path / "whole", world, *quantised)
     assert not next(whole.model.llama_model.model.layers[0].self_attn.k_proj.parameters()).is_floating_point()
     resumed = resumed_from_step_2(tmp_path / "whole", world, *quantised)
     assert same(weights(whole), weights(resumed))
     assert all(tensor.abs().max() > 0 for name, tensor in weights(whole).items() if lora.is_adapter(name))
-    newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
-    elsewhere = (*options, f"model.language_model.quantization={other}", f"run.resume={newest}")
-    with pytest.raises(CheckpointError, match="trained with other frozen parts: llama_model"):
-        run(tmp_path / "refused", world, *elsewhere)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,21 +15,7 @@ from safetensors.torch import load_file
 from lavis_chatbridge.errors import ConfigError, TrainingError
 from lavis_chatbridge.runners.checkpoints import step_of
 from tests.runners import runner_parts
-from tests.runners.runner_parts import (
-    ToyModel,
-    ToySource,
-    after_step,
-    logged,
-    pictures,
-    runner,
-    same,
-    toy_data,
-    weights,
-)
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+from tests.runners.runner_parts import ToyModel, ToySource, after_step, log_of, logged, pictures, runner, same, weights
 
 
 def test_the_loss_falls_and_the_log_is_lavis_own(tmp_path):
@@ -50,26 +33,23 @@ def test_the_loss_falls_and_the_log_is_lavis_own(tmp_path):
 
 def test_frozen_weights_and_unused_queries_do_not_move(tmp_path):
     before = {name: tensor.clone() for name, tensor in ToyModel().state_dict().items()}
-    one = runner(tmp_path, data={"pictures": toy_data()["pictures"]}, weight_decay=0.5, decay_all=True)
+    one = runner(tmp_path, data=pictures(), weight_decay=0.5, decay_all=True)
     one.train()
     still = {name for name, tensor in one.model.state_dict().items() if torch.equal(tensor, before[name])}
     assert still == {name for name in before if name.startswith(("frozen", "words", "audio_query"))}
 
 
-def test_unknown_parts_are_named(tmp_path):
+def test_parts_that_cannot_be_trained_are_named(tmp_path):
     for names, fault in ((["audio"], "found audio"), ([], "found none")):
         with pytest.raises(ConfigError, match=f"run.train: expected some of images, sounds, bridge, {fault}"):
             runner(tmp_path, train=names)
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        runner(tmp_path, ToyModel().requires_grad_(False), max_iters=2).train()
 
 
 def test_a_few_unreadable_samples_are_counted_at_the_end(tmp_path, caplog):
     runner(tmp_path, data=pictures(12, bad=tuple(range(6))), max_epoch=1, max_iters=None, batch_size_train=4).train()
     assert caplog.messages.count("6 samples could not be read (check-data --decode lists them)") == 1
-
-
-def test_a_model_without_trainable_parameters_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no trainable parameters"):
-        runner(tmp_path, ToyModel().requires_grad_(False), max_iters=2).train()
 
 
 @pytest.mark.parametrize("fault", ["bad", "poison"])
@@ -79,18 +59,15 @@ def test_a_run_that_trains_nothing_writes_no_weights(tmp_path, fault):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_non_finite_loss_skips_its_step_and_names_its_samples(tmp_path, caplog):
-    one = runner(tmp_path, data=pictures(poison=(5,)), max_iters=3)
+def test_a_non_finite_loss_skips_its_step_and_names_its_samples_and_too_many_stop_the_run(tmp_path, caplog):
+    one = runner(tmp_path / "one", data=pictures(poison=(5,)), max_iters=3)
     caplog.set_level("INFO")
     one.train()
     assert one.state.nonfinite_steps == 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(one).values())
     (line,) = [line for line in caplog.messages if "not finite" in line]
     assert "pictures-5" in line
-
-
-def test_too_many_non_finite_steps_stop_the_run(tmp_path):
-    one = runner(tmp_path, data=pictures(poison=tuple(range(12))), max_iters=9, max_nonfinite_steps=3)
+    one = runner(tmp_path / "all", data=pictures(poison=tuple(range(12))), max_iters=9, max_nonfinite_steps=3)
     with pytest.raises(TrainingError, match="3 steps had a non-finite loss"):
         one.train()
     assert one.state.step == 3
@@ -155,7 +132,7 @@ def test_a_data_set_of_lavis_trains_and_resumes_exactly(tmp_path, workers):
     assert same(weights(whole), weights(resumed))
     assert resumed.state.counts["lavis"].samples == 64
     with pytest.raises(ConfigError, match="cannot mix LAVIS's data sets with this package's"):
-        runner(tmp_path / "c", data=toy_data() | options["data"]).train()
+        runner(tmp_path / "c", data=pictures() | options["data"]).train()
 
 
 def test_a_killed_worker_is_named_and_the_last_checkpoint_resumes(tmp_path):
