@@ -90,7 +90,15 @@ def score(
     for suite, path in paths.items():
         found: list[Line] = []
         with _errors_as_lines(found, suite):
-            found += _missing_data(path, options) if suite else []
+            if suite:
+                from lavis_chatbridge.datasets.builders import require_files
+                from lavis_chatbridge.runners.config import dataset_sections
+
+                sections = dataset_sections(path, options)  # its errors are not about missing data
+                try:
+                    require_files(sections)
+                except DataError as error:
+                    found.append(Line("", status="missing", remarks=[str(error)]))
             for label, changes in [] if found else _conditions(runs, path, options, asked):
                 with _errors_as_lines(found, suite, label):
                     scores = runs.run(str(path), [*options, *changes], evaluate=True) or {}
@@ -192,16 +200,3 @@ def choose(names: str, folder: Path = PROJECTS / "eval") -> dict[str, Path]:
     if unknown := [name for name in wanted if name not in members]:
         raise ConfigError(f"unknown suite {unknown[0]!r} in --suite-folder{hint(unknown[0], members)}")
     return {path.stem: path for name in wanted for path in members[name]}
-
-
-def _missing_data(path: Path, options: Sequence[str]) -> list[Line]:
-    """The line of a suite whose data files are missing; empty if they are there."""
-    from lavis_chatbridge.datasets.builders import require_files
-    from lavis_chatbridge.runners.config import dataset_sections
-
-    sections = dataset_sections(path, options)  # its errors are not about missing data
-    try:
-        require_files(sections)
-    except DataError as error:
-        return [Line("", status="missing", remarks=[str(error)])]
-    return []

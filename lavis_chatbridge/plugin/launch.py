@@ -5,7 +5,9 @@ A run builds LAVIS's four parts in LAVIS's order: task, data sets, model, runner
 
 from __future__ import annotations
 
+import datetime
 import random
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,7 +59,7 @@ class Runs(ExitStack):
         from lavis.common.registry import registry
 
         from lavis_chatbridge.runners import ChatBridgeRunner, distributed
-        from lavis_chatbridge.runners.folder import RunFolder, new_job_id
+        from lavis_chatbridge.runners.folder import RunFolder
 
         device = self.start(cfg)
         runner_class = registry.get_runner_class(cfg.run.runner)
@@ -66,9 +68,10 @@ class Runs(ExitStack):
             raise ConfigError(
                 f"run.runner {cfg.run.runner!r} is LAVIS's own, which needs a CUDA device: use chatbridge_runner"
             )
-        cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.in_group(), distributed.world_size()
+        cfg.run_cfg.distributed, cfg.run_cfg.world_size = distributed.world_size() > 1, distributed.world_size()
         cfg.run_cfg.rank, cfg.run_cfg.gpu = distributed.rank(), device.index or 0  # LAVIS's own runners read these
-        job_id = distributed.from_main(new_job_id())
+        digits = secrets.token_hex(3)  # distinguish runs of the same second
+        job_id = distributed.from_main(f"{datetime.datetime.now():%Y%m%d_%H%M%S}_{digits}")
         if own and not evaluate and not cfg.run.evaluate:
             RunFolder(cfg.run, job_id).check()  # before anything is loaded
         task, datasets, model = self.build(cfg, evaluate)

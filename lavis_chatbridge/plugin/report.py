@@ -19,7 +19,6 @@ from lavis_chatbridge.tasks.settings import EvaluationSettings
 COLUMNS = ("data", "media", "samples", "metric", "score", "95 %", "chance", "paper", "stage 1", "drop", "other scores")
 _MOST_TYPES = 12
 """Score breakdowns with more types than this are only in the JSON and the page."""
-_UNSCORABLE = "no accepted answers and no facts to compare with: set run.metrics, such as run.metrics=[CIDEr]"
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _of_source(name: str, found: Mapping[str, Any], run: EvaluationSettings) -> 
     if not run.report_metric:
         line.remarks.append("not scored (run.report_metric is false)")
     elif not line.scores:
-        return line.fail(_UNSCORABLE)
+        return line.fail("no accepted answers and no facts to compare with: set run.metrics, as in run.metrics=[CIDEr]")
     elif unscored := found.get("unscored"):
         line.samples -= unscored
         line.remarks.append(f"{unscored} predictions have no reference to compare with")

@@ -40,7 +40,7 @@ def init(run: RunSettings) -> torch.device:
     device = choose_device(run.device, process)
     if process.world_size > 1 and not dist.is_initialized():
         _join(run, process, device)
-    of_rank = f" rank {rank()}" if in_group() else ""
+    of_rank = f" rank {rank()}" if world_size() > 1 else ""
     logging.basicConfig(format=f"%(asctime)s [%(levelname)s]{of_rank} %(message)s")
     logging.getLogger().setLevel(logging.INFO if is_main() else logging.WARNING)
     return device
@@ -93,11 +93,6 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def in_group() -> bool:
-    """Whether this process is one of several."""
-    return world_size() > 1
-
-
 def rank() -> int:
     """The rank of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -116,7 +111,7 @@ def is_main() -> bool:
 def from_main(value: T) -> T:
     """The ``value`` of rank 0, on every process."""
     box: list[Any] = [value]
-    if in_group():
+    if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -124,7 +119,7 @@ def from_main(value: T) -> T:
 def gather_everywhere(value: T) -> list[T]:
     """The ``value`` of every process, in rank order, on every process."""
     box: list[Any] = [value] * world_size()
-    if in_group():
+    if world_size() > 1:
         dist.all_gather_object(box, value)
     return box
 
@@ -187,12 +182,12 @@ def prepare(model: nn.Module, run: RunSettings, device: torch.device) -> None:
     if run.gradient_checkpointing:
         for block in _bridge(model, "run.gradient_checkpointing").blocks():
             block.forward = partial(_recompute, block.forward)
-    if run.parallel == "fsdp" and in_group():
+    if run.parallel == "fsdp" and world_size() > 1:
         _shard(_bridge(model, "run.parallel fsdp").blocks(), device)
     elif run.parallel == "fsdp":
         _log.warning("run.parallel is fsdp, but this is the only process: nothing is sharded")
     model.to(device)
-    if in_group():
+    if world_size() > 1:
         for parameter in trainable(model).values():
             dist.broadcast(parameter.data, src=0)
     if run.compile:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,11 +17,6 @@ WEIGHTS, CHECKPOINTS, RESULTS, CONFIG = "model.safetensors", "checkpoints", "res
 LOCK_WAIT = 20.0
 """Seconds to wait for the lock: data workers of a killed run hold it until they exit, after about 5 s."""
 _OF_A_RUN = (WEIGHTS, LOG, RESULTS, "tensorboard", "wandb")
-
-
-def new_job_id() -> str:
-    """A name for a run's folder: the time in seconds, and six hex digits to distinguish runs of the same second."""
-    return f"{datetime.datetime.now():%Y%m%d_%H%M%S}_{secrets.token_hex(3)}"
 
 
 class RunFolder:

@@ -35,7 +35,6 @@ def config(tmp_path, world):
 
 
 def train(path, *options):
-    """The losses of each step."""
     with Runs() as runs:
         runs.run(str(path), ["run.device=cpu", *options], evaluate=False)
     return logged(Path(runs.cfg.run.output_dir), "train_loss")

@@ -90,8 +90,6 @@ class ToySource:
 
 @dataclasses.dataclass
 class ToyGroup:
-    """The sources of one split."""
-
     sources: list[ToySource]
     ratio: float | None = None
 
@@ -142,12 +140,10 @@ def toy_data() -> dict[str, dict[str, ToyGroup]]:
 
 
 def pictures(size: int = 12, split: str = "train", source: type = ToySource, **more: Any) -> dict[str, Any]:
-    """One data set with one split."""
     return {"pictures": {split: ToyGroup([source("pictures", "image", size, **more)])}}
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log."""
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
@@ -157,7 +153,6 @@ def logged(folder: Path, key: str) -> list[Any]:
 
 
 def config(folder: Path, **run: Any) -> Config:
-    """A configuration of a short run into ``folder``."""
     values = {
         "task": "chatbridge_alignment",
         "max_iters": 8,
@@ -179,7 +174,6 @@ def config(folder: Path, **run: Any) -> Config:
 
 
 def runner(folder: Path, model: nn.Module | None = None, data: Any = None, **run: Any) -> ChatBridgeRunner:
-    """A runner over the toy parts."""
     cfg = config(folder, **run)
     task = ChatBridgeTask.setup_task(cfg)
     task.datasets = data or toy_data()
@@ -191,7 +185,6 @@ class Stop(Exception):
 
 
 def stop() -> None:
-    """Raises `Stop`."""
     raise Stop
 
 
@@ -208,7 +201,6 @@ def after_step(one: ChatBridgeRunner, step: int, action: Callable[[], object] = 
 
 
 def weights(one: ChatBridgeRunner) -> dict[str, torch.Tensor]:
-    """The trained weights of a runner's model."""
     return {name: p.detach().clone() for name, p in one.model.named_parameters() if p.requires_grad}
 
 

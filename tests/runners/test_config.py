@@ -17,20 +17,15 @@ RUN = "run:\n  task: chatbridge_alignment\n  max_iters: 10\n"
 DATA = "datasets: {chatbridge_world_caption: }\n"
 
 
-@pytest.fixture
-def yaml_of(tmp_path):
-    """Writes a configuration file."""
-
-    def write(run=RUN, model="model: {arch: chatbridge}\n", datasets=DATA, more=""):
-        path = tmp_path / "run.yaml"
-        path.write_text(model + datasets + run + more)
-        return path
-
-    return write
+def yaml_of(folder, run=RUN, model="model: {arch: chatbridge}\n", datasets=DATA, more=""):
+    path = folder / "run.yaml"
+    path.write_text(model + datasets + run + more)
+    return path
 
 
-def test_options_override_the_users_yaml_which_overrides_defaults(yaml_of):
+def test_options_override_the_users_yaml_which_overrides_defaults(tmp_path):
     path = yaml_of(
+        tmp_path,
         model="model: {arch: chatbridge, perceiver: {queries: 5}}\n",
         datasets="datasets: {chatbridge_world_caption: {limit: 3, vis_processor: {train: {encoder: {width: 28}}}}}\n",
     )
@@ -46,8 +41,8 @@ def test_options_override_the_users_yaml_which_overrides_defaults(yaml_of):
     assert (large.perceiver.queries, large.vision.depth) == (5, 39)
 
 
-def test_lavis_code_finds_what_it_reads(yaml_of):
-    cfg = load_config(yaml_of(run=RUN + "  amp: true\n  log_freq: 7\n  beta2: 0.98\n"))
+def test_lavis_code_finds_what_it_reads(tmp_path):
+    cfg = load_config(yaml_of(tmp_path, run=RUN + "  amp: true\n  log_freq: 7\n  beta2: 0.98\n"))
     assert cfg.run_cfg.num_beams == 1
     assert cfg.run_cfg.get("max_len", None) == 30
     assert cfg.run_cfg.evaluate is False
@@ -56,8 +51,9 @@ def test_lavis_code_finds_what_it_reads(yaml_of):
     assert settings.parse(RunSettings, cfg.to_dict()["run"], "run") == cfg.run
 
 
-def test_every_fault_is_reported_at_once(yaml_of):
+def test_every_fault_is_reported_at_once(tmp_path):
     path = yaml_of(
+        tmp_path,
         run="run:\n  task: chatbridge_alignement\n  max_iter: 10\n  init_lr: fast\n",
         model="model: {arch: chatbridge, model_type: smal}\n",
         datasets="datasets: {chatbridge_world_caption: {limt: 3}, chatbridge_world_captio: }\n",
@@ -102,19 +98,19 @@ def test_every_fault_is_reported_at_once(yaml_of):
         ("  runner: chatbridge_runer\n", "run.runner: unknown name 'chatbridge_runer', did you mean"),
     ],
 )
-def test_contradictions(yaml_of, run, fault):
+def test_contradictions(tmp_path, run, fault):
     with pytest.raises(ConfigError) as caught:
-        load_config(yaml_of(run=RUN + run))
+        load_config(yaml_of(tmp_path, run=RUN + run))
     assert fault in str(caught.value)
 
 
-def test_caches_lie_where_this_user_may_write(yaml_of, monkeypatch, tmp_path):
+def test_caches_lie_where_this_user_may_write(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", "/export/home/.cache/lavis")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("CHATBRIDGE_DATA", raising=False)
-    load_config(yaml_of())
+    load_config(yaml_of(tmp_path))
     assert registry.get_path("cache_root") == str(tmp_path / "xdg" / "lavis")
-    load_config(yaml_of(), [f"env.cache_root={tmp_path}/c", f"env.data_root={tmp_path}/d"])
+    load_config(yaml_of(tmp_path), [f"env.cache_root={tmp_path}/c", f"env.data_root={tmp_path}/d"])
     assert registry.get_path("cache_root") == str(tmp_path / "c")
     assert os.environ["CHATBRIDGE_DATA"] == str(tmp_path / "d")
     monkeypatch.setenv("CHATBRIDGE_DATA", "")  # undone with the rest
@@ -123,12 +119,12 @@ def test_caches_lie_where_this_user_may_write(yaml_of, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("written", "name"), [("5", "5"), ("123_4", "123_4"), ("007", "007"), ("null", None), ("''", ""), ("mine", "mine")]
 )
-def test_a_job_id_may_be_a_number_as_slurm_gives_it(yaml_of, written, name):
-    assert load_config(yaml_of(), [f"run.job_id={written}"]).run.job_id == name
-    assert load_config(yaml_of(run=f"{RUN}  job_id: 5\n")).run.job_id == "5"
+def test_a_job_id_may_be_a_number_as_slurm_gives_it(tmp_path, written, name):
+    assert load_config(yaml_of(tmp_path), [f"run.job_id={written}"]).run.job_id == name
+    assert load_config(yaml_of(tmp_path, run=f"{RUN}  job_id: 5\n")).run.job_id == "5"
 
 
-def test_a_missing_extra_is_named_before_anything_is_loaded(yaml_of, monkeypatch):
+def test_a_missing_extra_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"run.wandb .*pip install 'lavis-chatbridge\[wandb\]'"):
-        load_config(yaml_of(), ["run.wandb=true"])
+        load_config(yaml_of(tmp_path), ["run.wandb=true"])

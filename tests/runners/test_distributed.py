@@ -16,17 +16,8 @@ from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, TrainingError
 from lavis_chatbridge.launchers import ProcessRank
 from lavis_chatbridge.runners import distributed
-from tests.runners.runner_parts import (
-    ToyModel,
-    ToySource,
-    after_step,
-    config,
-    in_processes,
-    pictures,
-    runner,
-    same,
-    weights,
-)
+from lavis_chatbridge.runners.settings import RunSettings
+from tests.runners.runner_parts import ToyModel, ToySource, after_step, in_processes, pictures, runner, same, weights
 
 
 def test_a_device_that_is_not_there(monkeypatch):
@@ -47,17 +38,17 @@ def test_a_process_logs_what_it_waits_for_and_one_alone_does_not_wait(tmp_path, 
 
     monkeypatch.setattr(dist, "init_process_group", nobody)
     with pytest.raises(TrainingError, match="rank 1 of 4 cannot join the others: timed out after 30s"):
-        distributed.init(config(tmp_path).run)
+        distributed.init(RunSettings(task="t", max_iters=1))
     said = "rank 1 of 4, announced by torchrun (RANK, WORLD_SIZE), waits for the others at gpu1:9 for up to 30 minutes"
     assert said in capfd.readouterr().err
-    assert distributed.init(config(tmp_path, distributed=False).run) == torch.device("cpu")
+    assert distributed.init(RunSettings(task="t", max_iters=1, distributed=False)) == torch.device("cpu")
     monkeypatch.delenv("MASTER_PORT")
     with pytest.raises(ConfigError, match=r"export MASTER_ADDR=\$\(scontrol show hostnames .* MASTER_PORT=29500"):
-        distributed.init(config(tmp_path).run)
+        distributed.init(RunSettings(task="t", max_iters=1))
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    assert distributed.init(config(tmp_path).run) == torch.device("cpu")
-    assert not distributed.in_group()
+    assert distributed.init(RunSettings(task="t", max_iters=1)) == torch.device("cpu")
+    assert distributed.world_size() == 1
 
 
 def told(folder: Path, work: Any, *arguments: Any) -> list[str]:
@@ -77,7 +68,6 @@ def _tell(rank: int, folder: Path, work: Any, arguments: tuple) -> None:
 
 
 def both(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """The final weights of two processes."""
     return [torch.load(folder / f"weights{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -176,9 +166,7 @@ def test_fsdp_needs_processes_a_new_torch_and_a_model_with_blocks(tmp_path, capl
     runner(tmp_path, parallel="fsdp", max_iters=1).train()
     assert caplog.text.count("run.parallel is fsdp, but this is the only process") == 1
     with pytest.raises(ConfigError, match="gradient_checkpointing is for ChatBridge, but the model is Linear"):
-        distributed.prepare(
-            torch.nn.Linear(2, 2), config(tmp_path, gradient_checkpointing=True).run, torch.device("cpu")
-        )
+        runner(tmp_path / "a", torch.nn.Linear(2, 2), max_iters=1, gradient_checkpointing=True).train()
     monkeypatch.delattr(fsdp.FSDPModule, "set_reshard_after_forward", raising=False)
     with pytest.raises(ConfigError, match=r"run.parallel fsdp needs torch 2.8 or newer, found .*: use ddp"):
         distributed._shard([torch.nn.Linear(2, 2)], torch.device("cpu"))

@@ -17,21 +17,16 @@ from lavis_chatbridge.errors import CheckpointError
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.checkpoints import MODEL, STATE
-from lavis_chatbridge.runners.config import Config, load_config
+from lavis_chatbridge.runners.config import load_config
 from tests.runners.runner_parts import YAML, in_processes, logged, same, weights
 
 
-def configured(folder: Path, world: Path, *options: str, task: str = "chatbridge_alignment") -> Config:
-    """The configuration of a run into ``folder/out``."""
+def run(folder: Path, world: Path, *options: str, task: str = "chatbridge_alignment", evaluate: bool = False) -> Any:
+    """Train into ``folder/out``, and return the runner; or evaluate, and return the scores."""
     folder.mkdir(exist_ok=True)
     path = folder / "run.yaml"
     path.write_text(YAML.format(world=world, output=folder / "out", task=task))
-    return load_config(path, list(options))
-
-
-def run(folder: Path, world: Path, *options: str, task: str = "chatbridge_alignment", evaluate: bool = False) -> Any:
-    """Train, and return the runner; or evaluate, and return the scores."""
-    cfg = configured(folder, world, *options, *(["run.evaluate=true"] if evaluate else []), task=task)
+    cfg = load_config(path, [*options, f"run.evaluate={str(evaluate).lower()}"])
     torch.manual_seed(cfg.run.seed)
     setup = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)
     datasets = setup.build_datasets(cfg)
@@ -64,7 +59,7 @@ def test_train_resume_and_score(tmp_path, world):
     losses = logged(tmp_path / "whole" / "out", "train_loss")
     assert len(losses) == 4
     assert all(0 < loss < 10 for loss in losses)
-    newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
+    newest = tmp_path / "whole/out/checkpoints/step_00000004"
     state = json.loads((newest / STATE).read_text())
     assert {"visual_encoder", "audio_encoder", "llama_model", "tokenizer"} <= set(state["frozen"])
     assert state["adapters"] is None
@@ -140,24 +135,10 @@ def test_adapters_with_features_sorted_batches_and_compilation_resume_exactly(tm
     assert len(ups) == 2 * whole.model.llama_model.config.num_hidden_layers
     assert all(tensor.abs().max() > 0 for tensor in ups)  # they start at zero
 
-    path = tmp_path / "whole" / "out" / "model.safetensors"
-    again = model_of(world, tmp_path, *LORA, f"model.checkpoint={path}")
-    assert all(torch.equal(again.get_parameter(name), tensor) for name, tensor in load_file(path).items())
-    newest = tmp_path / "whole" / "out" / "checkpoints" / "step_00000004"
-    refusals = {
-        (): "its LoRA adapters: rank 4, alpha 16 on q_proj, up_proj, the model's: none",
-        (*LORA, "model.language_model.lora.alpha=8"): "alpha 16 on .*, the model's: rank 4, alpha 8",
-    }
-    for number, (other, message) in enumerate(refusals.items()):
-        with pytest.raises(CheckpointError, match=message):
-            model_of(world, tmp_path, *other, f"model.checkpoint={path}")
-        with pytest.raises(CheckpointError, match=message):
-            run(tmp_path / f"refused{number}", world, *other, f"run.resume={newest}")
-
-
-def model_of(world: Path, folder: Path, *options: str) -> Any:
-    """The model of a configuration alone."""
-    return registry.get_model_class("chatbridge").from_config(configured(folder, world, *options).model_cfg)
+    out, other = tmp_path / "whole" / "out", (*LORA, "model.language_model.lora.alpha=8")
+    for start in (f"model.checkpoint={out / MODEL}", f"run.resume={out / 'checkpoints/step_00000004'}"):
+        with pytest.raises(CheckpointError, match=r"alpha 16 on .*, the model's: rank 4, alpha 8"):
+            run(tmp_path / "refused", world, *other, start)
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
