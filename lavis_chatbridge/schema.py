@@ -143,7 +143,6 @@ class SampleFile(Sequence[Sample]):
     Opening a file checks every line once, and raises a `DataError` for the first faulty one.
 
     Args:
-        path: The file.
         root: The folder that media paths are relative to; by default the file's own.
         allow_outside: Accept media outside the root.
         cache: Folder to store the index of a large file in until the file changes; None does not store it.

@@ -104,7 +104,8 @@ def check_file(
         ids.add(key)
         report.modalities[sample.modality] += 1
         report.tasks[sample.task or ("conversation" if sample.turns else "captions")] += 1
-        report.sources.update([sample.source] if sample.source else [])
+        if sample.source:
+            report.sources[sample.source] += 1
         said = [turn.text for turn in sample.turns]
         longest = max(sum(map(len, said)), *map(len, sample.captions), 0)
         if (tokens := longest // schema.CHARACTERS_PER_TOKEN) > _MOST_TOKENS:

@@ -97,11 +97,8 @@ class MixturePlan:
     epochs: every sample once per epoch, and the last batch of an epoch is completed from the next one.
 
     Args:
-        sizes: Number of samples per source.
         ratios: Frequency of each source's steps, in any unit; by default its share of all samples.
         batch_size: Samples per step and rank, one number or one per source.
-        world_size: Number of ranks.
-        seed: Seed of the order.
         lengths: Per source, an integer array ``[size]`` of sample lengths; a batch then has samples of similar length.
         group: With ``lengths``: sort this many consecutive global batches (a window) by length.
     """

@@ -27,7 +27,13 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
     wanted = ("train", "restval") if split == "train" else (split,)
     for path in origin.every_file:
         if is_list(path):
-            yield from _lavis_captions(origin, path)
+            for position, row in enumerate(object_rows(path)):
+                image = row.name("image")
+                name = stem_of(os.path.basename(image))
+                # LAVIS's training file has a row per caption, the others a row per image
+                suffix = f"#{position}" if isinstance(row.values.get("caption"), str) else ""
+                media = origin.locate(row.where, image=image)
+                yield Sample(name + suffix, media, row.texts("caption"), meta={"image_id": name})
             continue
         for row in of_split(read_object(path).rows("images"), wanted, path):
             folder = f"{row.name('filepath')}/" if "filepath" in row else ""
@@ -35,16 +41,6 @@ def coco_karpathy(origin: Origin) -> Iterator[Sample]:
             captions = tuple(sentence.text("raw") for sentence in row.rows("sentences"))
             number = row.whole("cocoid", "imgid")
             yield Sample(str(number), media, captions, meta={"image_id": number})
-
-
-def _lavis_captions(origin: Origin, path: str) -> Iterator[Sample]:
-    for number, row in enumerate(object_rows(path)):
-        image = row.name("image")
-        name = stem_of(os.path.basename(image))
-        # LAVIS's training file has a row per caption, the others a row per image
-        suffix = f"#{number}" if isinstance(row.values.get("caption"), str) else ""
-        media = origin.locate(row.where, image=image)
-        yield Sample(name + suffix, media, row.texts("caption"), meta={"image_id": name})
 
 
 def coco_annotations(origin: Origin) -> Iterator[Sample]:
