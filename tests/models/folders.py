@@ -99,17 +99,7 @@ STYLES = {
 
 
 def write_folder(folder: Path, style: Style, **config: Any) -> Path:
-    """A folder with ``tokenizer.json`` and ``tokenizer_config.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer(style).save(str(folder / "tokenizer.json"))
-    values = {"chat_template": style.template, "bos_token": style.bos, "eos_token": style.eos}
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", **values, **config}
-    (folder / "tokenizer_config.json").write_text(json.dumps(named))
-    return folder
-
-
-def tokenizer(style: Style) -> Any:
-    """A trained BPE: of bytes, or with LLaMA's metaspace and byte tokens."""
+    """A folder with ``tokenizer.json``, a trained BPE of bytes or with LLaMA's byte tokens, and its configuration."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if style.llama:
@@ -132,4 +122,9 @@ def tokenizer(style: Style) -> Any:
         made = Tokenizer.from_str(json.dumps(described))
     made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in style.special])
     made.add_tokens([AddedToken(token, normalized=False, special=False) for token in style.added])
-    return made
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    values = {"chat_template": style.template, "bos_token": style.bos, "eos_token": style.eos}
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", **values, **config}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    return folder

@@ -20,15 +20,7 @@ from lavis_chatbridge.models import chatbridge
 from lavis_chatbridge.models.chatbridge import ChatBridge, losses_at
 from lavis_chatbridge.models.encoding import positions_in_time
 from lavis_chatbridge.models.settings import ModelSettings
-from lavis_chatbridge.prompting.conversation import (
-    MODALITIES,
-    Message,
-    Modality,
-    Slot,
-    Text,
-    alignment_prompt,
-    chat_prompt,
-)
+from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Slot, Text, alignment_prompt, chat_prompt
 from tests.models.building import small_model, small_settings, tiny
 from tests.models.folders import STYLES, write_folder
 
@@ -63,13 +55,12 @@ def sound(*lengths: int, size: int | None = None, seed: int = 2) -> AudioClips:
     return AudioClips(bank, torch.tensor(lengths))
 
 
-def captioned(modality: Modality, medium: Any, text: str) -> dict[str, Any]:
+def captioned(modality: Any, medium: Any, text: str) -> dict[str, Any]:
     return {modality: [medium], "pieces": alignment_prompt([modality], text)}
 
 
 def batch_of(*samples: dict[str, Any]) -> dict[str, Any]:
-    keys = ("pieces", "image", "video", "audio")
-    return {key: [sample.get(key, []) for sample in samples] for key in keys}
+    return {key: [sample.get(key, []) for sample in samples] for key in ("pieces", *MODALITIES)}
 
 
 def losses(model: Any, samples: dict[str, Any]) -> float:
@@ -242,9 +233,7 @@ def test_a_whole_model_can_be_copied_and_pickled(model: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
-def test_chunks_give_what_one_piece_gives(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_chunks_give_what_one_piece_gives(monkeypatch: pytest.MonkeyPatch, dtype: Any, tolerance: float) -> None:
     monkeypatch.setattr(chatbridge, "MAX_LOGITS", 3 * 97)
     model: Any = tiny("llama").to(dtype)
     head = model.get_output_embeddings()

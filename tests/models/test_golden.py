@@ -83,20 +83,9 @@ def load(golden_dir: Path, file: Path | None = None, times: TemporalSettings | N
     return model.eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(golden_dir: Path) -> Any:
     return load(golden_dir)
-
-
-@pytest.fixture(autouse=True)
-def _defaults(request: pytest.FixtureRequest) -> Any:
-    """What a test changes in the shared model is set back, and no gradient is left."""
-    yield
-    if "model" in request.fixturenames:
-        shared = request.getfixturevalue("model")
-        shared.max_text_length, shared.video_queries = shared.settings.max_text_length, "joint"
-        shared.prompt_layout = "original"
-        shared.zero_grad(set_to_none=True)
 
 
 def near(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
@@ -121,14 +110,10 @@ def test_beats(model: Any, tensors: Callable, golden_dir: Path) -> None:
     for case in (name.removesuffix(".input") for name in golden if name.endswith(".input")):
         near(beats(golden[f"{case}.input"])[0], golden[f"{case}.output"], LAYERED, case)
     for case in (name.removesuffix(".output") for name in golden if name.startswith("full")):
-        clip = torch.from_numpy(stacks[_clip_of(case, stacks)])
+        stored = [name for name in stacks if f".mel{case.removeprefix('full')}." in name]
+        ends = (".slice0", ".n1")  # a whole slice of the long clip where one is stored, else the short clip alone
+        clip = torch.from_numpy(stacks[next(name for end in ends for name in stored if name.endswith(end))])
         near(beats(clip.reshape(1, *clip.shape[-2:]))[0], golden[f"{case}.output"], LAYERED, case)
-
-
-def _clip_of(case: str, stored: Any) -> str:
-    """The README's rule: a whole slice of the long clip where one is stored, else the short clip alone."""
-    names = [name for name in stored if f".mel{case.removeprefix('full')}." in name]
-    return next(name for end in (".slice0", ".n1") for name in names if name.endswith(end))
 
 
 def test_beats_with_a_padding_mask(model: Any, tensors: Callable) -> None:
@@ -147,10 +132,9 @@ def test_beats_with_a_padding_mask(model: Any, tensors: Callable) -> None:
 def test_eva_vit(model: Any, tensors: Callable) -> None:
     golden = tensors("eva_vit")
     after = []
-    hooks = [block.register_forward_hook(lambda *a: after.append(a[2])) for block in model.visual_encoder.blocks]
+    for block in model.visual_encoder.blocks:
+        block.register_forward_hook(lambda *a: after.append(a[2]))
     tokens = model.visual_encoder(golden["image"].float())
-    for hook in hooks:
-        hook.remove()
     near(tokens, golden["tokens"], ALONE)
     near(model.ln_vision(tokens), golden["ln_vision_of_tokens"], LAYERED)
     assert len(after) == sum(name.startswith("after_block") for name in golden)
@@ -309,10 +293,9 @@ def test_gradients(model: Any, tensors: Callable, facts: Callable) -> None:
 
 
 @pytest.mark.parametrize("case", ["image_x5", "alternating_set_to_none", "alternating_zero_fill"])
-def test_five_optimiser_steps(golden_dir: Path, tensors: Callable, facts: Callable, case: str) -> None:
+def test_five_optimiser_steps(model: Any, tensors: Callable, facts: Callable, case: str) -> None:
     recorded, described = facts("adamw")[case], facts("stage1")
     golden = {name.removeprefix(f"{case}/"): t for name, t in tensors("adamw").items() if name.startswith(f"{case}/")}
-    model = load(golden_dir)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.05, betas=(0.9, 0.999), eps=1e-8)
 
@@ -334,23 +317,17 @@ def test_five_optimiser_steps(golden_dir: Path, tensors: Callable, facts: Callab
         near(trained[name], after, LAYERED, name)
 
 
-def asked(tensors: Callable, case: str, prompt: str) -> dict[str, Any]:
-    """A batch of one prompt with placeholders, and the first sample of each of its inputs."""
-    of_case = {"image": ["image"], "imageaudio": ["image", "audio1"], "video_audio": ["video", "audio2"]}
-    named = [inputs(tensors, name) for name in of_case[case.split("_", 1)[1]]]
-    texts = re.split(r"<ImageHere>|<query>", prompt)
-    pieces: list[Piece] = [Text(texts[0])]
-    for (modality, _), text in zip(named, texts[1:], strict=True):
-        pieces += [Slot(modality), Text(text)]  # type: ignore[arg-type]
-    return {"pieces": [pieces], **{modality: values[:1] for modality, values in named}}
-
-
 def test_greedy_tokens(model: Any, tensors: Callable, facts: Callable) -> None:
     golden = tensors("generate")
     cases = {name: case for name, case in facts("generate").items() if "greedy_ids" in case}
     assert cases
+    of_case = {"image": ["image"], "imageaudio": ["image", "audio1"], "video_audio": ["video", "audio2"]}
     for name, case in cases.items():
-        samples = asked(tensors, name, case["prompt"])
+        media = dict(inputs(tensors, one) for one in of_case[name.split("_", 1)[1]])
+        first, *texts = re.split(r"<ImageHere>|<query>", case["prompt"])
+        shown: Any = zip(media, texts, strict=True)
+        pieces = [Text(first), *(piece for one, text in shown for piece in (Slot(one), Text(text)))]
+        samples = {"pieces": [pieces], **{modality: values[:1] for modality, values in media.items()}}
         model.prompt_layout = "text" if name.startswith("chat_") else "original"  # with BOS, without
         sampling = Sampling(max_new_tokens=len(case["greedy_ids"]), ignore_eos=True)
         (reply,) = model.replies(samples, sampling)

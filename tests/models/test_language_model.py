@@ -28,12 +28,13 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_is_loaded_frozen_and_in_its_precision(folder: Path) -> None:
+def test_a_folder_is_loaded_frozen_in_its_precision_without_its_generation_settings(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.6}')
     model, _ = load_language_model(LanguageModelSettings(weights=str(folder), dtype="bfloat16"))
     assert model.dtype == torch.bfloat16
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    assert model.generation_config.do_sample is not True
+    assert not model.generation_config.do_sample
 
 
 def test_readable_refusals(folder: Path, tmp_path: Path) -> None:

@@ -68,12 +68,8 @@ def gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), found
 
 
-@pytest.mark.parametrize(
-    ("how", "dtype", "near"), [("8bit", "float32", 0.1), ("8bit", "float16", 0.1), ("4bit", "float32", 0.3)]
-)
-def test_loss_and_gradients_are_near_those_of_all_bits(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, how: Any, dtype: Any, near: float
-) -> None:
+@pytest.mark.parametrize(("how", "dtype"), [("8bit", "float32"), ("8bit", "float16"), ("4bit", "float32")])
+def test_loss_and_gradients_are_near_those_of_all_bits(folder: Path, monkeypatch: Any, how: Any, dtype: Any) -> None:
     monkeypatch.setattr("lavis_chatbridge.models.settings.slow_on_cpu", lambda dtype: False)
     plain, model = bridge(folder, None), bridge(folder, how, dtype=dtype)
     quantised = (Linear4bit, Linear8bitLt)
@@ -83,7 +79,7 @@ def test_loss_and_gradients_are_near_those_of_all_bits(
     assert own_loss != loss
     assert found.keys() == expected.keys()
     ours, theirs = (torch.cat([t[name].flatten() for name in expected]) for t in (found, expected))
-    assert (ours - theirs).norm() / theirs.norm() < near  # a wrong scale or layer gives an error of about 1
+    assert (ours - theirs).norm() / theirs.norm() < (0.1 if how == "8bit" else 0.3)  # wrong scales give 1
     own, again, other = (checkpoints.frozen_hashes(m, []) for m in (model, bridge(folder, how), plain))
     assert own == again
     assert {part for part in own if own[part] != other[part]} == {"llama_model"}

@@ -69,7 +69,6 @@ def test_only_the_embedding_table_is_loaded(session: Session, local: Session, tm
         {"min_new_tokens": 6, "frequency_penalty": 0.5, "presence_penalty": 0.2},
         {"temperature": 1.0, "seed": 3, "logprobs": 2},
     ],
-    ids=str,
 )
 def test_replies_equal_those_of_the_local_model(session: Session, local: Session, settings: dict[str, Any]):
     for talk in (session, local):

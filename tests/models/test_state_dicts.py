@@ -66,9 +66,7 @@ def test_a_trained_bridge_in_every_layout(tmp_path: Path, layout: str) -> None:
         ({"other.weight": torch.ones(2)}, "unexpected: other.weight"),
     ],
 )
-def test_a_misfit_is_named_in_one_line_and_loads_nothing(
-    model: Any, tmp_path: Path, change: dict[str, Tensor | None], message: str
-) -> None:
+def test_a_misfit_is_named_in_one_line_and_loads_nothing(model: Any, tmp_path: Path, change: Any, message: str) -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     tensors = {name: t for name, t in (changed(model) | change).items() if t is not None}
     torch.save({"model": tensors}, tmp_path / "a.pth")
@@ -142,8 +140,8 @@ def test_no_code_runs_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_damaged_and_foreign_files_are_one_line(tmp_path: Path) -> None:
-    tensors = {f"a{i}": torch.randn(40, 7) for i in range(5)}
-    torch.save({"model": tensors}, tmp_path / "whole.pth")
+    tensors = {"a": torch.randn(200, 7)}
+    torch.save(tensors, tmp_path / "whole.pth")
     state_dicts.save(tmp_path / "whole.safetensors", tensors)
     for suffix in (".pth", ".safetensors"):
         data = (tmp_path / f"whole{suffix}").read_bytes()

@@ -52,14 +52,10 @@ def test_a_bridge_with_each_architecture(part: str, name: str, tmp_path: Path) -
     """One row of the table in docs/weights.md, with LoRA."""
     model = bridge(part, name, tmp_path / "a")
     modality, samples = batch(part, model, tmp_path / "a")
-    encoder = model.visual_encoder if part == "vision" else model.audio_encoder
 
     first = model(samples)["loss"].item()
     media = {modality: [model.encode_media(modality, of_sample) for of_sample in samples[modality]]}
     assert model({**samples, **media})["loss"].item() == pytest.approx(first, abs=1e-5)  # from cached features
-    tokens = media[modality][0][0].tokens
-    assert tokens.shape[-1] == encoder.width
-    assert tokens.isfinite().all()
 
     found = model.frozen_hash(modality)
     assert found == bridge(part, name, tmp_path / "a2").frozen_hash(modality)
