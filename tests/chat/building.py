@@ -59,7 +59,6 @@ def png() -> bytes:
 
 
 def sound(seconds: float = 1.0, loudness: float = 0.5, pitch: float = 440.0) -> bytes:
-    """A tone as a wav file."""
     return sound_file(tone(seconds, 16_000, pitch, loudness), 16_000)
 
 

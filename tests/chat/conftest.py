@@ -15,7 +15,6 @@ from tests.models.building import small_model
 
 @pytest.fixture(scope="module")
 def model(golden_dir: Path) -> Any:
-    """The small model of ``tests/models``."""
     return small_model(golden_dir / "tokenizer")
 
 

@@ -67,7 +67,6 @@ def test_mistakes_are_found_before_the_model_is_loaded(files: Path, monkeypatch:
     for words, message in (
         ([], "either a question"),
         ([" "], "the question is missing"),
-        (["--image", __file__], "the question is missing"),
         ([f"{files}/c.wav"], "c.wav is a file, and the question is missing"),
         (["what?", "."], "cannot read .: it is a folder"),
         (["what?", "nope.png"], "cannot read nope.png: there is no such file"),
@@ -81,19 +80,15 @@ def test_mistakes_are_found_before_the_model_is_loaded(files: Path, monkeypatch:
     assert "cannot read nope.png: there is no such file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--model", "absent.yaml"], "no configuration file at absent.yaml"),
-        (["--model", "huge"], "unknown model type 'huge'"),
-        (["--options", "run.seed=1"], "expected model.KEY=VALUE"),
-        (["--device", "abacus"], "abacus"),
-        (["--engine", "http://127.0.0.1:9/v1"], "no engine answers at http://127.0.0.1:9/v1"),
-    ],
-)
-def test_models_that_cannot_be_loaded(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["ask", "hi", *words]) == 2
-    assert message in capsys.readouterr().err
+def test_models_that_cannot_be_loaded(capsys: pytest.CaptureFixture[str]):
+    for option, value, message in (
+        ("--model", "absent.yaml", "no configuration file at absent.yaml"),
+        ("--options", "run.seed=1", "expected model.KEY=VALUE"),
+        ("--device", "abacus", "abacus"),
+        ("--engine", "http://127.0.0.1:9/v1", "no engine answers at http://127.0.0.1:9/v1"),
+    ):
+        assert cli.main(["ask", "hi", option, value]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_runs_folder_is_a_model_with_its_own_weights(tmp_path: Path):

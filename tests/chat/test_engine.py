@@ -153,12 +153,6 @@ def test_media_are_encoded_once(model: Any, monkeypatch: pytest.MonkeyPatch):
     assert encoded == ["image", "video", "audio", "audio"]  # a track and a tone; the picture came twice
 
 
-def about_one(scene: tuple[Scene, ...], words: random.Random) -> language.Question:
-    asker = language.Asker(scene, words)
-    fact = asker.fact(words.randrange(len(scene)))
-    return language.Question(f"what is {asker.attribute(fact)}?", fact.value, "name", (fact,))
-
-
 def files_of(scene: tuple[Scene, ...], number: int) -> list[tuple[Modality, bytes]]:
     """The media as files; a sound beside a video is the video's own track."""
     first, *others = scene
@@ -181,16 +175,16 @@ def test_the_shipped_model_answers_rightly_about_the_embedded_world(tiny: Engine
         talk = Session(tiny.model, engine=tiny, sampling=Sampling(max_new_tokens=24))
         scene = tuple(next(one) for one in sampled)
         words = random.Random(f"chat {number}")
-        if len(scene) == 1:
-            asked = language.questions(scene[0], words)[:3]
-        else:
-            joint = language.Asker(scene, words).ask("name")
-            asked = [about_one(scene, words), joint, about_one(scene, words)]
+        asker = language.Asker(scene, words)
+        named = [asker.ask("name")] if len(scene) > 1 else language.questions(scene[0], words)[:3]
+        asked = [(question.text, question.answer) for question in named]
+        if len(scene) > 1:
+            asked += [(f"what is {asker.attribute(fact)}?", fact.value) for fact in (asker.fact(0), asker.fact(1))]
         media = files_of(scene, number)
-        for question in asked:
-            answer = talk.ask(question.text, media=media)
+        for question, expected in asked:
+            answer = talk.ask(question, media=media)
             assert sum(note.reached for note in answer.media) == len(scene)
-            found.append((question.text, question.answer, answer.text))
+            found.append((question, expected, answer.text))
             media = []
     wrong = [entry for entry in found if entry[1] != entry[2]]
     share = 1 - len(wrong) / len(found)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -57,11 +56,9 @@ def test_a_file_that_is_no_conversation_leaves_the_session_as_it_was(model: Any,
     talk = building.session(model)
     talk.ask("Hi.")
     image = {"role": "user", "content": [{"image_url": "data:;base64,?"}]}
-    contents = ["hello", '{"format": "other"}', json.dumps({"messages": [3]}), json.dumps({"messages": [image]}), None]
+    contents = ["hello", '{"format": "other"}', json.dumps({"messages": [3]}), json.dumps({"messages": [image]})]
     for content in contents:
-        (tmp_path / "talk.json").unlink(missing_ok=True)
-        if content is not None:
-            (tmp_path / "talk.json").write_text(content)
+        (tmp_path / "talk.json").write_text(content)
         with pytest.raises(DataError, match=r"talk\.json"):
             talk.load(tmp_path / "talk.json")
     assert len(talk.messages) == 2
@@ -144,7 +141,6 @@ def test_data_urls():
         ("data:image/png;base64", "comma"),
         ("data:;base64,", "empty"),
         ("data:," + "a" * 101, "larger than the limit of 100 bytes"),
-        ("data:;base64," + "a" * 304, "larger than the limit of 100 bytes"),
         ("ftp://example.org/a.png", "does not begin with data:, file: or http"),
         ("http://127.0.0.1:1/a.png", "'127.0.0.1' is not on the list of allowed hosts"),
         ("http://[half", "not on the list of allowed hosts"),
@@ -174,48 +170,29 @@ def test_files_below_an_allowed_folder(tmp_path: Path):
     assert open_url("file:../secret.png", "it", Access(own_folder=offered)).samefile(secret)  # type: ignore[union-attr]
 
 
-class Pages(BaseHTTPRequestHandler):
+def served(request: httpx.Request) -> httpx.Response:
     """A picture, pages that lead elsewhere, a large one, a slow one."""
-
-    def do_GET(self) -> None:
-        leads = {"/to-picture": "/picture", "/round": "/round", "/away": "http://localhost:1/", "/to-file": "file:///x"}
-        if self.path in leads:
-            self.send_response(302)
-            self.send_header("Location", leads[self.path])
-            self.end_headers()
-        elif self.path == "/missing":
-            self.send_error(404)
-        else:
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(200 if self.path == "/slow" else 1):
-                self.wfile.write(b"a" * 1000 if self.path == "/large" else b"a")
-                self.wfile.flush()
-                time.sleep(0.05 if self.path == "/slow" else 0)
-
-    def log_message(self, *args: Any) -> None:
-        """Log nothing."""
+    leads = {"/to-picture": "/picture", "/round": "/round", "/away": "http://localhost:1/", "/to-file": "file:///x"}
+    if request.url.path in leads:
+        return httpx.Response(302, headers={"Location": leads[request.url.path]})
+    if request.url.path == "/slow":
+        return httpx.Response(200, content=(time.sleep(0.05) or b"a" for _ in range(200)))
+    content = b"a" * (1000 if request.url.path == "/large" else 1)
+    return httpx.Response(404 if request.url.path == "/missing" else 200, content=content)
 
 
-@pytest.fixture
-def web() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-def test_urls_of_an_allowed_host_are_fetched(web: str):
+def test_urls_of_an_allowed_host_are_fetched(monkeypatch: pytest.MonkeyPatch):
+    client = functools.partial(httpx.Client, transport=httpx.MockTransport(served))
+    monkeypatch.setattr(httpx, "Client", client)
     access = Access(hosts=("127.0.0.1",), max_bytes=100, seconds=0.5)
-    assert open_url(f"{web}/to-picture", "it", access) == b"a"
+    assert open_url("http://127.0.0.1/to-picture", "it", access) == b"a"
     for path, message in (
         ("/away", "'localhost' is not on the list"),
-        ("/to-file", "UnsupportedProtocol|not on the list"),
+        ("/to-file", "not on the list"),
         ("/round", "TooManyRedirects"),
         ("/missing", "status 404"),
         ("/large", "larger than the limit"),
         ("/slow", "longer than 0.5 s"),
     ):
         with pytest.raises(MediaError, match=message):
-            open_url(f"{web}{path}", "it", access)
+            open_url(f"http://127.0.0.1{path}", "it", access)

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 
 from lavis_chatbridge.chat import Session, web
 from lavis_chatbridge.chat.attachments import modality_of
@@ -31,7 +32,6 @@ USUAL = ("", 8, 0.0, 0.9, -1, True)
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The module ``page``, which imports gradio."""
     web.quiet_gradio(str(tmp_path_factory.mktemp("gradio")))
-    pytest.importorskip("gradio", reason="the page needs the extra 'web'")
     from lavis_chatbridge.chat import page
 
     return page
@@ -153,7 +153,6 @@ def test_the_examples_are_shipped_and_answered(parts: Any):
 @pytest.fixture(scope="module")
 def served(page: Any, model: Any) -> Iterator[str]:
     """The page behind a real port, its model slow enough to be stopped."""
-    uvicorn = pytest.importorskip("uvicorn", reason="the page needs the extra 'web'")
     line = server.listen("127.0.0.1", 0)
     app = web.build_app(page, web.WebOptions(max_medium=1))
     running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

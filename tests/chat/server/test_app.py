@@ -10,10 +10,9 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 import openai
@@ -39,27 +38,27 @@ class Served(NamedTuple):
     url: str
     files: Path
     temporary: Path
-    errors: IO[str]
+    log: Path
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """``chatbridge serve`` with the tiny model, its bridge untrained."""
     files, temporary = tmp_path_factory.mktemp("offered"), tmp_path_factory.mktemp("temporary")
+    log = tmp_path_factory.mktemp("log") / "errors"
     (files / "a.png").write_bytes(png())
     (files / "link.png").symlink_to(Path(__file__))
     command = [sys.executable, "-m", "lavis_chatbridge.cli", *OPTIONS.split(), str(files)]
     environment = {**os.environ, "CHATBRIDGE_TOKENS": TOKEN, "TMPDIR": str(temporary)}
     with (
-        tempfile.TemporaryFile("w+") as errors,
+        open(log, "w") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
     ):
         try:
             assert process.stdout is not None
             found = re.search(r"http://\S+/v1", process.stdout.readline())
-            errors.seek(0)
-            assert found, errors.read()[-3000:]
-            yield Served(found.group(), files, temporary, errors)
+            assert found, log.read_text()[-3000:]
+            yield Served(found.group(), files, temporary, log)
             assert process.poll() is None  # whatever the tests sent, it lives
         finally:
             process.terminate()
@@ -175,12 +174,7 @@ def test_media_that_cannot_be_had_are_refused_without_a_path(server: Served, url
 
 def logged(server: Served, words: str) -> str:
     """The line of the log that has these words; it is written just after the answer is sent."""
-
-    def lines() -> list[str]:
-        server.errors.seek(0)
-        return [line for line in server.errors.read().splitlines() if words in line]
-
-    return wait_until(lines)[-1]
+    return wait_until(lambda: [line for line in server.log.read_text().splitlines() if words in line])[-1]
 
 
 def test_every_request_has_an_id_and_a_line_in_the_log(server: Served):
