@@ -50,7 +50,7 @@ class Runs(ExitStack):
 
     def __init__(self) -> None:
         super().__init__()
-        self._model: Any = None
+        self._model: nn.Module | None = None
         self._built_from: dict[str, Any] | None = None
 
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
@@ -107,7 +107,7 @@ class Runs(ExitStack):
             datasets = task.build_datasets(cfg)
             unchanged = evaluate and cfg.run.parallel == "ddp" and not cfg.run.compile  # by the run
             section = cfg.to_dict()["model"] if unchanged else None
-            if section is None or self._built_from != section:
+            if self._model is None or section is None or section != self._built_from:
                 self._model = self._built_from = None  # free its memory before the next one is built
                 self._model, self._built_from = task.build_model(cfg), section
             return task, datasets, self._model

@@ -248,7 +248,7 @@ class ChatBridgeRunner(RunnerBase):
         with distributed.together():
             loader = data.evaluation_loader(self.datasets, split_name, self.task, self.run, self.device)
         model = self.model.eval()
-        self.task.before_evaluation(model=model, dataset=getattr(loader, "dataset", None))
+        self.task.before_evaluation(model=model, dataset=loader.dataset)
         with distributed.gathered(model), autocast(self.run.precision, self.device), distributed.together():
             results = self.task.evaluation(model, loader, cuda_enabled=self.cuda_enabled) if len(loader) else []
         data.check_readable(loader, self.run)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +24,6 @@ from lavis_chatbridge.processors.base import load_processors
 from lavis_chatbridge.prompting.conversation import MODALITIES
 from lavis_chatbridge.runners import distributed
 from lavis_chatbridge.runners.settings import RunSettings
-from lavis_chatbridge.runners.step import Samples
 from lavis_chatbridge.tasks.base import ChatBridgeTask
 
 _log = logging.getLogger(__name__)
@@ -72,7 +71,9 @@ class LavisTrainLoader(torch.utils.data.Dataset):
         return {"source": name, "skipped": [], **collate([self.datasets[name][index] for index, _ in pairs])}
 
 
-def evaluation_loader(datasets: Datasets, split: str, task: BaseTask, run: RunSettings, device: torch.device) -> Any:
+def evaluation_loader(
+    datasets: Datasets, split: str, task: BaseTask, run: RunSettings, device: torch.device
+) -> EvaluationLoader | DataLoader:
     """This process's batches of a split; each sample is on exactly one process."""
     found = {name: splits[split] for name, splits in datasets.items() if split in splits}
     dataset, rank, world_size = next(iter(found.values())), distributed.rank(), distributed.world_size()
@@ -92,7 +93,7 @@ def evaluation_loader(datasets: Datasets, split: str, task: BaseTask, run: RunSe
     )
 
 
-def check_readable(loader: Iterable[Samples], run: RunSettings) -> None:
+def check_readable(loader: EvaluationLoader | DataLoader, run: RunSettings) -> None:
     """Raise a `DataError` on every process if in total more than ``run.max_bad_share`` of a data set is unreadable."""
     if not isinstance(loader, EvaluationLoader):
         return

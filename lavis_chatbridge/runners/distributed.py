@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from lavis_chatbridge.launchers import ProcessRank, current_rank
 from lavis_chatbridge.models import lora
 from lavis_chatbridge.runners.settings import RunSettings
 from lavis_chatbridge.runners.step import trainable
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -210,11 +213,11 @@ def gathered(model: nn.Module) -> Iterator[None]:
             module.reshard()
 
 
-def _bridge(model: Any, key: str) -> Any:
+def _bridge(model: nn.Module, key: str) -> ChatBridge:
     """The model, which must have ``parts()`` (trained parameters by name) and ``blocks()`` (the language model's)."""
     if not (hasattr(model, "parts") and hasattr(model, "blocks")):
         raise ConfigError(f"{key} is for ChatBridge, but the model is {type(model).__name__}: drop it")
-    return model
+    return model  # type: ignore[return-value]
 
 
 def _shard(blocks: Sequence[nn.Module], device: torch.device) -> None:

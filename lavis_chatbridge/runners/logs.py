@@ -144,13 +144,11 @@ def write(path: Path, split: str, stats: Mapping[str, Any], step: int) -> None:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Remove the lines of later steps from a ``log.txt``: a resumed run repeats these steps."""
+    """Remove the lines of later steps (a line's first value) from a ``log.txt``: a resumed run repeats these steps."""
     if path.exists():
         records = (record for _, record in read_objects(path, skip_cut=True))
-        kept = [
-            json.dumps(record) for record in records if next(iter(record.values())) <= step
-        ]  # the first is the step
-        write_text(path, "".join(f"{line}\n" for line in kept))
+        kept = [json.dumps(record) + "\n" for record in records if next(iter(record.values())) <= step]
+        write_text(path, "".join(kept))
 
 
 def _numbers(stats: Mapping[str, Any]) -> dict[str, float]:
