@@ -293,29 +293,25 @@ def _url_path(url: str) -> Path:
 
 def _ask(name: Name, request: Callable[[], T]) -> T:
     """The result of a request; an error names the file, its URL and a remedy."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         return request()
     except (errors.OfflineModeIsEnabled, errors.HFValidationError, errors.HTTPError, OSError) as error:
+        match error:
+            case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
+                no_answer = f"no server answers: {one_line(error)}"
+                because = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else no_answer
+                cause = f"is not on this disk and {because}; run `chatbridge weights download` with a network"
+            case errors.GatedRepoError():
+                cause = "is gated (403): accept its terms at that address and set HF_TOKEN to your token"
+            case errors.RepositoryNotFoundError():
+                cause = "does not exist or is private (401/404): check the name, or set HF_TOKEN"
+            case errors.RevisionNotFoundError():
+                cause = f"does not have the revision {name.revision!r} (404)"
+            case errors.HFValidationError():
+                cause = f"is neither a path that exists nor a hub id: {one_line(error)}"
+            case _:
+                cause = f"cannot be fetched ({one_line(error)}); try again"
         what = name.url or f"{name.text} ({name.address})"
-        raise CheckpointError(f"{what} {_explained(error, name)}, or put it into ${FOLDER}/{name.last}") from error
-
-
-def _explained(error: Exception, name: Name) -> str:
-    """Text: the cause of an error, and a remedy."""
-    from huggingface_hub import constants, errors
-
-    match error:
-        case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
-            offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no server answers: {one_line(error)}"
-            return f"is not on this disk and {offline}; run `chatbridge weights download` with a network"
-        case errors.GatedRepoError():
-            return "is gated (403): accept its terms at that address and set HF_TOKEN to your token"
-        case errors.RepositoryNotFoundError():
-            return "does not exist or is private (401/404): check the name, or set HF_TOKEN"
-        case errors.RevisionNotFoundError():
-            return f"does not have the revision {name.revision!r} (404)"
-        case errors.HFValidationError():
-            return f"is neither a path that exists nor a hub id: {one_line(error)}"
-    return f"cannot be fetched ({one_line(error)}); try again"
+        raise CheckpointError(f"{what} {cause}, or put it into ${FOLDER}/{name.last}") from error

@@ -46,8 +46,6 @@ def test_threads_wait_asleep_and_fit_the_cores(monkeypatch: pytest.MonkeyPatch) 
     assert int(environment["OMP_NUM_THREADS"]) <= 3
     monkeypatch.setattr(launchers.Path, "read_text", lambda path: "150000 100000\n")
     assert launchers.cores() == 2
-    monkeypatch.setattr(launchers.Path, "read_text", lambda path: "max 100000\n")
-    assert launchers.cores() == 3
     own = {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}
     set_thread_defaults(own)
     assert own == {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}

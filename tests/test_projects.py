@@ -1,4 +1,4 @@
-"""Every shipped configuration opens with its command, and is valid apart from absent files."""
+"""Every shipped configuration opens with its command; the large ones are valid apart from absent files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,6 @@ from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.runners.config import load_config
 
 PROJECTS = Path(__file__).parents[1] / "projects" / "chatbridge"
-EMBEDDED = ["align", "instruct", "eval/world_captions", "eval/world_answers", "eval/world_joint"]
-
-
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_configurations_of_the_embedded_world_are_valid(name: str) -> None:
-    config = load_config(PROJECTS / f"{name}.yaml")
-    assert config.run.runner == "chatbridge_runner"
-    assert config.model_cfg.model_type == "tiny"
-    assert all(section.data_root == "output/world" for section in config.datasets_cfg.values())
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])

@@ -54,7 +54,6 @@ entries = {
     "serve": command.command,
     "web": web.command,
     "lora": lambda: language_model.check_available(LanguageModelSettings(weights="w", lora={})),
-    "quantize": lambda: language_model.check_available(LanguageModelSettings(weights="w", quantization="4bit")),
     "device-map": lambda: language_model.check_available(LanguageModelSettings(weights="w", device_map="auto")),
 }
 print(json.dumps({"broken": broken, "said": {name: said(act) for name, act in entries.items()}}))

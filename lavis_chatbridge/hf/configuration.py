@@ -119,7 +119,10 @@ class ChatBridgeConfig(PretrainedConfig):
         for need in weights.needs(settings.model_copy(update={"checkpoint": None})):
             _, part, key = need.setting.split(".")
             if (part, key) in FROZEN:
-                references = [_relative(name, folder) for name in hub.as_list(need.names)]
+                references = []
+                for name in hub.as_list(need.names):
+                    local = None if name.startswith(hub.PACKAGE) else hub.parsed(name).path
+                    references.append(name if local is None else os.path.relpath(local.resolve(), folder.resolve()))
                 copy.model[part] = {**copy.model.get(part, {}), key: references}
                 path = need.status().path
                 copy.frozen[need.setting] = {"source": references, **({"hash": content_hash(path)} if path else {})}
@@ -175,11 +178,3 @@ def content_hash(path: Path) -> str:
     listed = sorted(file for file in path.iterdir() if file.is_file() and file.suffix != ".md")
     sizes = {file.name: file.stat().st_size for file in listed}
     return hash_of({f.name: hash_of_file(f) if sizes[f.name] < _HASHED_WHOLE else sizes[f.name] for f in listed})
-
-
-def _relative(name: str, folder: Path) -> str:
-    """A local path relative to ``folder``; hub ids, URLs and parts of the package are unchanged."""
-    path = hub.parsed(name).path
-    if path is None or name.startswith(hub.PACKAGE):
-        return name
-    return os.path.relpath(path.resolve(), folder.resolve())

@@ -26,7 +26,6 @@ from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.decoding import StopTexts, TextStream
 from lavis_chatbridge.models.encoding import own_precision
 from lavis_chatbridge.models.layout import IGNORED, SOFT, Rows, embed
-from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.tokenizer import Tokenizer
 from lavis_chatbridge.prompting.conversation import Modality
 
@@ -121,7 +120,17 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         folder = Path(save_directory)
         settings = self.chatbridge.settings
-        config = self.config.with_references(folder, _with_copies(settings, folder) if save_frozen else settings)
+        for need in weights.needs(settings) if save_frozen else ():
+            part, _, key = need.setting.removeprefix("model.").partition(".")
+            if (part, key) not in FROZEN:
+                continue
+            path, target = need.find(), folder / "frozen" / f"{part}_{key}"
+            target.mkdir(parents=True, exist_ok=True)
+            files = [path] if path.is_file() else hub.require_files(path, need.content, need.prefixes)
+            copies = [shutil.copyfile(file, target / file.name) for file in files]
+            own = getattr(settings, part).model_copy(update={key: str(copies[0] if path.is_file() else target)})
+            settings = settings.model_copy(update={part: own})
+        config = self.config.with_references(folder, settings)
         config.write(folder, self._unreferenced(), max_shard_size)
         self.generation_config.save_pretrained(folder)
         if push_to_hub:
@@ -270,18 +279,3 @@ class _StopsStreaming:
     def _pass_on(self) -> None:
         while self._held and self._stream.stopped is None:
             self._streamer.put(self._held.pop(0))
-
-
-def _with_copies(settings: ModelSettings, folder: Path) -> ModelSettings:
-    """Copy the frozen parts into ``folder`` and return settings that use the copies."""
-    for need in weights.needs(settings):
-        part, _, key = need.setting.removeprefix("model.").partition(".")
-        if (part, key) not in FROZEN:
-            continue
-        path, target = need.find(), folder / "frozen" / f"{part}_{key}"
-        target.mkdir(parents=True, exist_ok=True)
-        files = [path] if path.is_file() else hub.require_files(path, need.content, need.prefixes)
-        copies = [shutil.copyfile(file, target / file.name) for file in files]
-        own = getattr(settings, part).model_copy(update={key: str(copies[0] if path.is_file() else target)})
-        settings = settings.model_copy(update={part: own})
-    return settings

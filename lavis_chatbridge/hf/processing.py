@@ -7,6 +7,7 @@ produce one.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
@@ -190,10 +191,10 @@ class ChatBridgeProcessor(ProcessorMixin):
             modality = part.get("type")
             if modality not in MODALITIES:
                 raise PromptError(f"a part of type {modality!r}; expected text, {', '.join(MODALITIES)}")
-            source = next((part[key] for key in _SOURCES if part.get(key) is not None), None)
-            if source is None:
+            key = next((key for key in _SOURCES if part.get(key) is not None), None)
+            if key is None:
                 raise PromptError(f"a part of type {modality!r} has no medium: pass one of {', '.join(_SOURCES)}")
-            source = _fetched(source)
+            source = base64.b64decode(part[key]) if key == "base64" else _fetched(part[key])
             loaded.append((modality, self.processors[modality]["eval"](source)))
             if modality == "video" and hear:
                 with suppress(MediaError):
@@ -208,11 +209,14 @@ class ChatBridgeProcessor(ProcessorMixin):
         prompts, media = zip(*(self._read(messages, hear_videos) for messages in conversations), strict=True)
         by_modality: dict[Modality, list[Any]] = {modality: [] for modality in MODALITIES}
         ranges: list[dict[Slot, range]] = [{} for _ in prompts]
+        queries, per_frame = self.settings.perceiver.queries, self.settings.perceiver.video_queries == "per_frame"
         start, bounds = 0, []
         for modality in MODALITIES:
             for row, loaded in enumerate(media):
                 for index, medium in enumerate(one for own, one in loaded if own == modality):
-                    ranges[row][Slot(modality, index)] = range(start, start := start + self._count(modality, medium))
+                    first = start
+                    start += queries * len(medium) if modality == "video" and per_frame else queries
+                    ranges[row][Slot(modality, index)] = range(first, start)
                     by_modality[modality].append(medium)
             bounds.append(start)
         longest = 1 << 30 if generate else self.settings.max_text_length
@@ -230,12 +234,6 @@ class ChatBridgeProcessor(ProcessorMixin):
         else:
             columns |= {"position_ids": rows.position_ids, "labels": rows.labels}
         return BatchFeature({**columns, **_media_tensors(by_modality)})
-
-    def _count(self, modality: Modality, medium: Any) -> int:
-        """Soft tokens of a medium."""
-        queries = self.settings.perceiver.queries
-        per_frame = modality == "video" and self.settings.perceiver.video_queries == "per_frame"
-        return queries * len(medium) if per_frame else queries
 
 
 class ChatBridgeCollator:

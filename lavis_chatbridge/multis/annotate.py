@@ -42,7 +42,7 @@ def annotate(
     rank: int = 0,
     world: int = 1,
 ) -> AnnotateReport:
-    """Annotate the items of one rank of ``world`` processes.
+    """Annotate the items of process ``rank`` of ``world`` processes.
 
     Args:
         items: JSONL with ``id``, ``media`` and existing annotations (``captions``, ``sound_captions``, ``tags``,
@@ -50,8 +50,6 @@ def annotate(
         folder: Output folder, for ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
         annotators: Run in order; a later one adds to an earlier one's findings and replaces its captions.
         media_root: Folder that media paths are relative to; by default that of ``items``.
-        rank: This process.
-        world: Number of processes.
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -102,7 +103,9 @@ class Request:
 
 def plan(annotations: Sequence[Annotation], book: PromptBook, options: GenerateSettings) -> Iterator[Request]:
     """Yield all requests, in the order of the annotations."""
-    chosen = {kind: _sampled(annotations, kind, count) for kind, count in options.counts.items()}
+    chosen = {}  # kind -> the ids of the items with the smallest hashes
+    for kind, count in options.counts.items():
+        chosen[kind] = set(heapq.nsmallest(count, (a.id for a in annotations), key=partial(hash_of, kind)))
     shared = (options.model, options.temperature, options.extra_body)
     for annotation in annotations:
         for kind in DATA_KINDS:
@@ -110,11 +113,6 @@ def plan(annotations: Sequence[Annotation], book: PromptBook, options: GenerateS
                 messages, limit = book.messages(kind, annotation), book.kinds[kind].max_tokens
                 name = hash_of(*shared, limit, annotation.id, kind, messages)[:32]
                 yield Request(name, annotation.id, kind, annotation.modality, messages, limit)
-
-
-def _sampled(annotations: Iterable[Annotation], kind: str, count: int) -> set[str]:
-    """The ids of the ``count`` items with the smallest hashes."""
-    return set(heapq.nsmallest(count, (a.id for a in annotations), key=lambda name: hash_of(kind, name)))
 
 
 def read_answers(folder: str | Path) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from itertools import islice
@@ -31,7 +32,7 @@ from lavis_chatbridge.models.layout import elements_of
 from lavis_chatbridge.prompting.conversation import Message, Slot
 from lavis_chatbridge.toyworld import language, pictures
 from lavis_chatbridge.toyworld.world import scenes
-from tests.chat.building import picture, sound, video
+from tests.chat.building import picture, png, sound, video
 from tests.hub_server import connect, serving
 from tests.runners.runner_parts import logged
 
@@ -96,6 +97,12 @@ def test_special_tokens_are_kept_on_request(processor: ChatBridgeProcessor) -> N
     assert processor.batch_decode([ids]) == ["red"]
     [whole] = processor.batch_decode([ids], skip_special_tokens=False)
     assert whole.strip() == f"red{processor.tokenizer.eos_token} blue"
+
+
+def test_a_medium_in_base64_is_decoded(processor: ChatBridgeProcessor) -> None:
+    parts = [{"type": "image", "image": png()}, {"type": "image", "base64": base64.b64encode(png()).decode()}]
+    features = (processor.apply_chat_template([user("?", part)], tokenize=True, return_dict=True) for part in parts)
+    assert torch.equal(*(found["pixel_values"] for found in features))
 
 
 def test_media_alone_are_a_question_and_a_typed_placeholder_is_text(processor: ChatBridgeProcessor) -> None:

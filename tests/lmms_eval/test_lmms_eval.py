@@ -84,11 +84,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         drawn = [scenes(modality, False, 77) for modality in modalities]
         docs, samples = [], []
         for number in range(COUNT):
-            rng = np.random.default_rng([number, len(name)])
             found = tuple(next(one) for one in drawn)
             files = []
             for together in [found] if name == "track" else [(one,) for one in found]:
-                for modality, content in files_of(together, rng):
+                for modality, content in files_of(together, number):
                     files.append(str(root / f"{name}{number}.{ENDINGS[modality]}"))
                     Path(files[-1]).write_bytes(content)
             text = QUESTIONS[name][number % 2]

@@ -66,7 +66,6 @@ def test_the_best_two_findings_of_another_tool_are_imported(
         ("florence=x", {}, "did you mean 'florence2'"),
         ("grit", {}, "needs a path"),
         ("grit=x.json,larges=3", {}, "unknown key annotators.grit.larges, did you mean 'largest'"),
-        ("grit=x.json,largest=all", {}, "annotators.grit.largest: expected int, found 'all'"),
         ("captioner=/nowhere", {}, "/nowhere cannot be loaded for image-text-to-text"),
         ("grit=/nowhere.json", {}, "/nowhere.json: cannot be read"),
         ("grit=made.json", [{"box": [1, 2, 3, 4]}], "image_id or file_name or id is None"),

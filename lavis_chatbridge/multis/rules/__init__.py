@@ -105,7 +105,20 @@ class Checker:
             if near := self._known.find(words):
                 return None, [("near_duplicate", f"{round(100 * near[1])} % like {near[0]}")]
         self._known.add(f"{annotation.id}:{kind}", text)
-        return _sample(record, pairs, annotation), []
+        messages: list[Message] = []
+        for pair in pairs:
+            shown = () if messages else tuple(medium.type for medium in annotation.media)
+            messages += [Message("user", pair.question, shown), Message("assistant", pair.answer)]
+        meta = {"request": record["id"], "model": record["model"], "item": annotation.id}
+        sample = Sample(
+            id=f"{annotation.id}:{kind}",
+            media=tuple(Medium(medium.type, medium.path) for medium in annotation.media),
+            turns=tuple(messages),
+            source=annotation.source,
+            task=kind,
+            meta=meta | ({"licence": annotation.licence} if annotation.licence else {}),
+        )
+        return sample, []
 
     def _parse(self, record: Mapping[str, Any], annotation: Annotation) -> tuple[list[Pair], list[Reason]]:
         reasons: list[Reason] = []
@@ -178,22 +191,6 @@ class Checker:
         end = _SENTENCE_END.search(text, at)
         sentence = text[begin : end.start() if end else len(text)]
         return hedged and bool(self._phrases["hedge"].search(sentence))
-
-
-def _sample(record: Mapping[str, Any], pairs: list[Pair], annotation: Annotation) -> Sample:
-    messages: list[Message] = []
-    for pair in pairs:
-        shown = () if messages else tuple(medium.type for medium in annotation.media)
-        messages += [Message("user", pair.question, shown), Message("assistant", pair.answer)]
-    meta = {"request": record["id"], "model": record["model"], "item": annotation.id}
-    return Sample(
-        id=f"{annotation.id}:{record['kind']}",
-        media=tuple(Medium(medium.type, medium.path) for medium in annotation.media),
-        turns=tuple(messages),
-        source=annotation.source,
-        task=record["kind"],
-        meta=meta | ({"licence": annotation.licence} if annotation.licence else {}),
-    )
 
 
 class NearDuplicates:

@@ -93,7 +93,9 @@ class ChatBridge(lmms):
             read = self._read(requests[numbers[0]])
             if read is None:
                 continue
-            answers = [self._continuation(requests[number]) for number in numbers]
+            targets = [requests[number].args[1] for number in numbers]
+            texts = [target(self._doc(requests[numbers[0]])) if callable(target) else target for target in targets]
+            answers = [str(text).strip() for text in texts]  # other models' prompts need a leading space
             scores, lengths = self.model.answer_scores(_samples([read]), answers)
             said = self.model.generate(_samples([read]), max_length=int(lengths.max()))[0]
             for number, answer, loss in zip(numbers, answers, (-scores[0] / lengths).tolist(), strict=True):
@@ -109,11 +111,6 @@ class ChatBridge(lmms):
 
     def _kwargs(self, request: Any) -> dict[str, Any]:
         return dict(request.args[1])
-
-    def _continuation(self, request: Any) -> str:
-        """The text to be scored, without the leading space of other models' prompts."""
-        target = request.args[1]
-        return str(target(self._doc(request)) if callable(target) else target).strip()
 
     def _doc(self, request: Any) -> Any:
         number, task, split = request.args[3:6]

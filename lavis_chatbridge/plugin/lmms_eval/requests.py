@@ -18,7 +18,7 @@ from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.container import modality_of
 from lavis_chatbridge.media.source import is_file
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
+from lavis_chatbridge.prompting.conversation import MODALITIES
 
 _CUTS = ("video_start", "video_end", "start_time", "end_time")
 _FIELDS = ("bytes", "path", "url", "video", "image", "audio")
@@ -61,7 +61,13 @@ def medium_of(given: Any, modality: str = "", more: Mapping[str, Any] | None = N
         samples = given.get_all_samples()
         return Medium("audio", wav(samples.data.numpy(), int(samples.sample_rate)))
     if not isinstance(given, Mapping):
-        return Medium(modality if modality in MODALITIES else _modality(given), given)  # type: ignore[arg-type]
+        if modality in MODALITIES:
+            return Medium(modality, given)  # type: ignore[arg-type]
+        if is_file(given):
+            return Medium(modality_of(given), given)
+        if isinstance(given, (np.ndarray, Image)):
+            return Medium("video" if getattr(given, "ndim", 3) == 4 else "image", given)
+        raise MediaError(_name(given), f"a {type(given).__name__} is not a medium that ChatBridge knows")
     if given.get("array") is not None:
         return Medium("audio", wav(np.asarray(given["array"]), int(given["sampling_rate"])))
     inner = next((given[key] for key in _FIELDS if given.get(key)), None)
@@ -115,15 +121,6 @@ def _flat(visuals: Any) -> Iterator[Any]:
             yield from _flat(visual)
     elif visuals is not None:
         yield visuals
-
-
-def _modality(given: Any) -> Modality:
-    """The modality of a medium whose type is not given: by its form, or its file's content."""
-    if is_file(given):
-        return modality_of(given)
-    if isinstance(given, (np.ndarray, Image)):
-        return "video" if getattr(given, "ndim", 3) == 4 else "image"
-    raise MediaError(_name(given), f"a {type(given).__name__} is not a medium that ChatBridge knows")
 
 
 def _name(given: Any) -> str:
