@@ -215,18 +215,19 @@ def _local(name: Name) -> Path | None:
 
 def _cached(name: Name) -> Path | None:
     """The file or complete folder of an earlier download."""
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
     if not name.repo:
         return path if name.url and (path := _url_path(name.url)).is_file() else None
-    files = [name.file] if name.file else [*_CONFIGS, *_SINGLE]
-    cached = (try_to_load_from_cache(name.repo, file, revision=name.revision) for file in files)
-    first = next((Path(path) for path in cached if isinstance(path, str)), None)
-    if first is None or name.file:
-        return first
+    indexes = [f"{single}.index.json" for single in _SINGLE]
+    files = [name.file] if name.file else [*_CONFIGS, *_SINGLE, *indexes, *_TOKENIZER]
     try:
+        cached = [try_to_load_from_cache(name.repo, file, revision=name.revision) for file in files]
+        first = next((Path(path) for path in cached if isinstance(path, str)), None)
+        if first is None or name.file:
+            return first
         require_files(first.parent, name.content, name.prefixes)
-    except CheckpointError:
+    except (CheckpointError, errors.HFValidationError):  # incomplete, or no hub id: the download words it
         return None
     return first.parent
 

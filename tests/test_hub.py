@@ -36,6 +36,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServe
         "org/llm/tokenizer.json": b"{}",
         "org/llm/model-1.safetensors": b"first",
         "org/llm/model-2.safetensors": b"second",
+        "org/tok/tokenizer.json": b"{}",
+        "org/shards/model-1.safetensors": b"first",
+        "org/shards/model.safetensors.index.json": b'{"weight_map": {"a": "model-1.safetensors"}}',
         "org/secret/config.json": b"{}",
         "org/empty/README.md": b"words",
     }
@@ -126,6 +129,7 @@ def test_a_broken_connection_is_resumed(server: HubServer, monkeypatch: pytest.M
         ("org/empty/no/file", "does not contain no/file"),
         ("URL/none.pth", r"http.*/none\.pth cannot be fetched \(.*404.*try again, or put it into"),
         ("weights/none.pth", r"^it: weights/none\.pth does not exist$"),
+        ("org/na--me", r"^it: org/na--me \(http.*\) is neither a path that exists nor a hub id: "),
         ("$NO_SUCH_VARIABLE/a.pth", "the environment variable NO_SUCH_VARIABLE is not set"),
     ],
 )
@@ -137,6 +141,12 @@ def test_refusals_are_one_line_with_address_and_remedy(server: HubServer, name: 
     found = hub.status(name, "it")
     assert found.state == "missing"
     assert found.fault == str(caught.value)
+
+
+def test_a_repository_without_configuration_is_cached(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [hub.find("org/tok", "it", "tokenizer"), hub.find("org/shards", "it")]
+    set_offline(True, monkeypatch)
+    assert [hub.find("org/tok", "it", "tokenizer"), hub.find("org/shards", "it")] == found
 
 
 @pytest.mark.parametrize("name", ["org/encoder", "https://example.org/a.pth"])

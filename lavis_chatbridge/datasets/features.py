@@ -27,7 +27,7 @@ from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.files import hash_of, hash_of_file
 from lavis_chatbridge.media.source import EncodedMedium
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
-from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.schema import Medium
 
 _log = logging.getLogger(__name__)
 
@@ -58,8 +58,11 @@ class FeatureStore:
                 self._files |= index["files"]
                 self.locations |= {key: (shard, *location) for key, location in index["locations"].items()}
 
-    def __len__(self) -> int:
-        return len(self.locations)
+    def __contains__(self, medium: Medium) -> bool:
+        try:
+            return self.key(medium) in self.locations
+        except MediaError:
+            return False
 
     def key(self, medium: Medium) -> str:
         """The key of a medium: 40 hexadecimal digits; a `MediaError` if the file cannot be read.
@@ -117,7 +120,7 @@ def encoder_hashes(model: Encoder, processors: Mapping[str, Any]) -> dict[Modali
 
 def build_features(
     model: Encoder,
-    samples: Iterable[Sample],
+    media: Iterable[Medium],
     processors: Mapping[str, Any],
     folder: str | Path,
     batch: int = 16,
@@ -125,7 +128,7 @@ def build_features(
     rank: int = 0,
     world_size: int = 1,
 ) -> FeatureStore:
-    """Encode every distinct medium of the samples that is not in the store.
+    """Encode the media that are not in the store.
 
     Unreadable media are logged and skipped; training counts them when it reads them. ``processors`` are those of
     evaluation (without random augmentation), by modality; ``workers`` processes open media. A rank encodes its share;
@@ -133,7 +136,7 @@ def build_features(
     """
     store = FeatureStore(folder, encoder_hashes(model, processors))
     missing: dict[Modality, dict[str, Medium]] = {modality: {} for modality in MODALITIES}
-    for medium in dict.fromkeys(medium for sample in samples for medium in sample.files):
+    for medium in media:
         try:
             key = store.key(medium)
         except MediaError as error:
@@ -141,8 +144,8 @@ def build_features(
             continue
         if key not in store.locations and int(key, 16) % world_size == rank:
             missing[medium.modality][key] = medium
-    for modality, media in missing.items():
-        every = list(media.items())
+    for modality, found in missing.items():
+        every = list(found.items())
         for first in range(0, len(every), PER_SHARD):
             opening = functools.partial(_opened, store, processors[modality])  # runs in the workers
             part: Any = every[first : first + PER_SHARD]

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +206,8 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path) -> dict[str, Any]:
     """The mapping in a ``torch.save`` file, memory-mapped if the format allows; no code in it is run."""
     try:
-        zipped = is_zipfile(path)  # files of torch before 1.6 are not, and cannot be mapped
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"  # files of torch before 1.6 are not, and cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UnpicklingError as error:
         raise CheckpointError(

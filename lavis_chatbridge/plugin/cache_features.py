@@ -19,6 +19,6 @@ def command(cfg_path: CfgPath, options: Options = None) -> None:
     with Runs() as runs:
         device = runs.start(cfg)
         _, datasets, model = runs.build(cfg)
-        store = data.fill_features(model.to(device).eval(), datasets, cfg.run, cfg.preprocess_cfg)
+        found = data.fill_features(model.to(device).eval(), datasets, cfg.run, cfg.preprocess_cfg)
         if distributed.is_main():
-            print(f"{store.folder} has the features of {len(store)} media, which training with this file reads")
+            print(found)

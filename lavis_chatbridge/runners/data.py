@@ -16,7 +16,7 @@ from lavis.tasks.base_task import BaseTask
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-from lavis_chatbridge.datasets.features import FeatureStore, build_features
+from lavis_chatbridge.datasets.features import build_features
 from lavis_chatbridge.datasets.loader import EvaluationLoader, MixtureLoader, too_many_unreadable
 from lavis_chatbridge.datasets.plan import MixturePlan
 from lavis_chatbridge.errors import ConfigError, DataError
@@ -107,10 +107,11 @@ def check_readable(loader: EvaluationLoader | DataLoader, run: RunSettings) -> N
 # ---- features: cached outputs of the frozen encoders (``run.feature_cache``), used instead of media
 
 
-def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> FeatureStore:
+def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, preprocess: Any) -> str:
     """Encode all media of a run's splits that are not in the cache, and make the splits read features from it.
 
-    Every process encodes its share. ``model`` is ChatBridge, on its device.
+    Every process encodes its share. ``model`` is ChatBridge, on its device. Returns a sentence: how many media
+    have features.
     """
     used = [dataset for splits in datasets.values() for name, dataset in splits.items() if name in run.used_splits]
     able = hasattr(model, "encode_media") and all(hasattr(dataset, "set_features") for dataset in used)
@@ -118,10 +119,12 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
         raise ConfigError("run.feature_cache needs a folder, ChatBridge and this package's data sets: set it to null")
     loaded = load_processors(preprocess)
     sources = [source for dataset in used for source in dataset.sources]
+    samples = (source.sample(index) for source in sources for index in range(len(source)))
+    media = dict.fromkeys(medium for sample in samples for medium in sample.files)
     with distributed.together(), torch.no_grad():
         store = build_features(
             model,  # type: ignore[arg-type]
-            (source.sample(index) for source in sources for index in range(len(source))),
+            media,
             {modality: loaded[modality]["eval"] for modality in MODALITIES},
             Path(run.feature_cache).expanduser().absolute(),
             workers=run.num_workers,
@@ -129,7 +132,10 @@ def fill_features(model: nn.Module, datasets: Datasets, run: RunSettings, prepro
             world_size=distributed.world_size(),
         )
     store.refresh()
-    _log.info("reading the frozen encoders' outputs of %d media from %s", len(store), store.folder)
     for dataset in used:
         dataset.set_features(store)
-    return store
+    unreadable = sum(medium not in store for medium in media)
+    found = f"{store.folder} has the features of {len(media) - unreadable} media of this configuration"
+    found += f"; {unreadable} cannot be read, and training skips their samples" if unreadable else ""
+    _log.info(found)
+    return found

@@ -12,7 +12,7 @@ from lavis_chatbridge.datasets import features
 from lavis_chatbridge.datasets.features import FeatureStore, build_features, encoder_hashes
 from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.media.source import EncodedMedium
-from lavis_chatbridge.schema import Medium, Sample, SampleFile
+from lavis_chatbridge.schema import Medium, SampleFile
 
 
 class Encoder:
@@ -36,15 +36,15 @@ def picture(folder, number):
 
 def build(folder, processors, model=None, **settings):
     """The store of the folder's twelve pictures."""
-    samples = SampleFile(folder / "pictures.jsonl")
-    return build_features(model or Encoder(), samples, processors, folder / "store", **settings)
+    media = [medium for sample in SampleFile(folder / "pictures.jsonl") for medium in sample.files]
+    return build_features(model or Encoder(), media, processors, folder / "store", **settings)
 
 
 def test_features_come_back(pictures, processors):
     model = Encoder()
     store = build(pictures, processors, model, batch=5)
     assert model.batches == [5, 5, 2]
-    assert len(store) == 12
+    assert len(store.locations) == 12
     reopened = FeatureStore(pictures / "store", encoder_hashes(model, processors))
     found = reopened.find(picture(pictures, 9))
     assert found.tokens.dtype == torch.float16
@@ -77,7 +77,7 @@ def test_equal_files_are_encoded_once_and_unreadable_ones_left_out(pictures, pro
     (pictures / "p2.png").write_bytes(b"broken")
     (pictures / "p3.png").unlink()
     store = build(pictures, processors)
-    assert len(store) == 9
+    assert len(store.locations) == 9
     assert sum("no features: cannot read" in message for message in caplog.messages) == 2
 
 
@@ -86,7 +86,7 @@ def test_ranks_share_the_work(pictures, processors, monkeypatch):
     models = [Encoder(), Encoder()]
     for rank, model in enumerate(models):
         build(pictures, processors, model, rank=rank, world_size=2)
-    assert sum(sum(model.batches) for model in models) == len(FeatureStore(pictures / "store", {})) == 12
+    assert sum(sum(model.batches) for model in models) == len(FeatureStore(pictures / "store", {}).locations) == 12
     assert all(model.batches for model in models)
     assert len(list((pictures / "store").glob("*.tar"))) >= 4
 
@@ -97,7 +97,7 @@ def test_media_inside_shards_have_their_own_keys(pictures, processors):
     half = len((pictures / "p1.png").read_bytes())
     places = ((0, half), (half, len(content) - half))
     media = [Medium("image", str(pictures / "s.tar"), *place) for place in places]
-    store = build_features(Encoder(), [Sample("x", tuple(media), ("c",))], processors, pictures / "store")
+    store = build_features(Encoder(), media, processors, pictures / "store")
     assert [round(store.find(medium).tokens[0, 0, 0].item() * 255) for medium in media] == [1, 2]
     assert store.key(media[0]) == store.key(picture(pictures, 1))
 
@@ -110,7 +110,7 @@ def test_a_damaged_shard_is_made_again_or_named(pictures, processors):
         store.find(picture(pictures, 1))
     os.truncate(shard, 3000)
     model = Encoder()
-    assert len(build(pictures, processors, model)) == sum(model.batches) == 12
+    assert len(build(pictures, processors, model).locations) == sum(model.batches) == 12
     shutil.rmtree(pictures / "store")
     (pictures / "store").write_text("")
     with pytest.raises(DataError, match=r"features cannot be written there: (Not a directory|File exists)"):
@@ -124,5 +124,5 @@ def test_a_medium_that_changes_while_it_is_encoded_has_no_features(pictures, pro
 
     changing.version = "picture-1"
     store = build(pictures, {"image": changing}, batch=1)
-    assert len(store) == 11
+    assert len(store.locations) == 11
     assert "p3.png: changed while it was encoded" in caplog.text

@@ -84,8 +84,9 @@ def test_messages_become_turns():
     assert words(conversation(messages)) == [
         ("user", "Be brief.\nWhat is it?", [image]), ("assistant", "A cat.", []), ("user", "Sure?", [image]),
     ]  # fmt: skip
-    with pytest.raises(DataError, match=r"expected user \.\.\. user"):
-        conversation(messages[:3])
+    for wrong in (messages[:3], messages[2:]):
+        with pytest.raises(DataError, match=r"expected user \.\.\. user"):
+            conversation(wrong)
     with pytest.raises(DataError, match=r"roles \['tool'\]"):
         conversation([{"role": "tool", "content": "x"}])
 

@@ -59,15 +59,21 @@ def test_training_from_shards_is_training_from_files_and_resumes_it(tmp_path, co
     assert f"{tmp_path / 'out' / 'checkpoints' / 'step_00000002'}" in caplog.text
 
 
-def test_the_cache_of_features_is_filled_once(tmp_path, config, capsys, monkeypatch):
+def test_the_cache_of_features_is_filled_once(tmp_path, world, config, capsys, monkeypatch):
     folder, command = tmp_path / "features", ["cache-features", "--cfg-path", str(config), "--options"]
     assert cli.main([*command, f"run.feature_cache={folder}"]) == 0
-    assert f"{folder} has the features of 17 media" in capsys.readouterr().out
+    assert f"{folder} has the features of 17 media of this configuration\n" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
     shards = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     monkeypatch.setattr(ChatBridge, "encode_media", None)
     assert cli.main([*command, f"run.feature_cache={folder}"]) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == shards
+    picture = next(Path(world, "images", "train").iterdir())
+    pixels = picture.read_bytes()
+    picture.write_bytes(b"rubbish")
+    assert cli.main([*command, f"run.feature_cache={folder}"]) == 0
+    picture.write_bytes(pixels)
+    assert "features of 16 media of this configuration; 1 cannot be read, and training" in capsys.readouterr().out
     assert cli.main([*command, "run.feature_cache=null"]) == 2
     assert "run.feature_cache is null: name a folder" in capsys.readouterr().err
 

@@ -43,7 +43,7 @@ def conversation(messages: Iterable[Mapping[str, Any]], hear_videos: bool = Fals
         else:
             talk.add(ChatMessage(role, text, _heard(media, hear_videos)))
     roles = [said.role for said in talk.messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] or talk.messages[0] == ChatMessage("user", ""):
         raise DataError(f"messages of the roles {roles}: expected user ... user, with assistant between them")
     first, *rest = talk.messages
     return [ChatMessage("user", f"{talk.system}\n{first.text}".strip(), first.media), *rest]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lavis_chatbridge.tasks.predictions import Prediction
 from lavis_chatbridge.tasks.scoring import answers, captions, scores
@@ -162,6 +163,22 @@ def test_a_clear_difference_has_a_small_p_and_none_has_p_1() -> None:
     assert found.p < 0.001
     assert scores.paired(a, a + rng.normal(0.0, 30.0, 400), None, clusters).p > 0.01
     assert scores.paired(a, a, None, clusters) == scores.Difference(0.0, 0.0, 0.0, 1.0, 400)
+
+
+def test_a_comparison_agrees_with_scipys_paired_bootstrap_of_both_runs() -> None:
+    rng = np.random.default_rng(3)
+    a = rng.random(80) < 0.5
+    b = a | (rng.random(80) < 0.2)
+    found = scores.paired(a, b, None, range(80))
+    expected = stats.bootstrap(
+        (a.astype(float), b.astype(float)),
+        lambda x, y, axis: y.mean(axis) - x.mean(axis),
+        paired=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=np.random.default_rng(4),
+    ).confidence_interval
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.015)
 
 
 def test_weights_make_a_mean_of_all_parts() -> None:
