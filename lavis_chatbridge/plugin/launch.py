@@ -34,7 +34,7 @@ Options = Annotated[
 
 
 def command(cfg_path: CfgPath, options: Options = None) -> None:
-    """Train as a configuration file says."""
+    """Train with a configuration file."""
     with Runs() as runs:
         runs.run(cfg_path, options or [], evaluate=False)
 
@@ -54,7 +54,7 @@ class Runs(ExitStack):
         self._built_from: dict[str, Any] | None = None
 
     def run(self, cfg_path: str, options: Sequence[str], evaluate: bool) -> Mapping[str, Any] | None:
-        """Train as a configuration file and options say, or score ``run.test_splits``: split -> its metrics."""
+        """Train with a configuration file and options, or score ``run.test_splits``: split -> its metrics."""
         self.cfg = cfg = load(cfg_path, [*options, "run.evaluate=true"] if evaluate else options)
         from lavis.common.registry import registry
 
@@ -85,7 +85,7 @@ class Runs(ExitStack):
 
         from lavis_chatbridge.runners import distributed
 
-        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch does not know the quota of a container
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))  # torch ignores the quota of a container
         self.callback(distributed.close)
         device = distributed.init(cfg.run)
         for seed in (random.seed, numpy.random.seed, torch.manual_seed):

@@ -1,6 +1,6 @@
 """Tables of evaluation scores as text, JSON and HTML; and rescoring of predictions.
 
-It knows the metrics of this package's tasks; LAVIS's own tasks return other metrics or none.
+It reads the metrics of this package's tasks; LAVIS's own tasks return other metrics or none.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class Line:
 
 def completed(lines: Sequence[Line], suite: str) -> Sequence[Line]:
     """The lines of one configuration: named after its suite, if it has a name, with each condition's drop."""
-    whole = {line.suite: line.score for line in lines if not line.media}
+    with_all = {line.suite: line.score for line in lines if not line.media}
     several = len({line.suite for line in lines} - {""}) > 1
     for line in lines:
-        if line.media and line.score is not None and (before := whole.get(line.suite)) is not None:
+        if line.media and line.score is not None and (before := with_all.get(line.suite)) is not None:
             line.drop = before - line.score
         if suite:
             line.suite = f"{suite} {line.suite}".strip() if several else suite

@@ -29,7 +29,7 @@ _FROM_SHARDS = {"reader": "jsonl", "media": None, "media_root": None, "limit": N
 
 
 def command(
-    output: Annotated[Path, typer.Option(help="Where the shards go.")],
+    output: Annotated[Path, typer.Option(help="Folder of the shards.")],
     jsonl: Annotated[Path | None, typer.Argument(help="A JSONL of the schema in docs/data.md.")] = None,
     cfg_path: CfgPathOrNone = None,
     options: Options = None,
@@ -41,7 +41,7 @@ def command(
     world: Annotated[int | None, typer.Option(help="Number of processes; default: from the launcher.")] = None,
     max_bad_share: Annotated[float, typer.Option(min=0, max=1, help="Accepted share of unreadable samples.")] = 0.05,
 ) -> None:
-    """Write this process's shards, and say which data sets are complete."""
+    """Write this process's shards, and print the data sets that are complete."""
     process = share_of(rank, world, os.environ)
     if (jsonl is None) == (cfg_path is None):
         raise ConfigError("name either a JSONL or a configuration (--cfg-path)")
@@ -102,7 +102,6 @@ def _from_configuration(
 
 def _files_of(group: SplitDataset) -> dict[tuple[str, str], SampleFile]:
     """Data set and a name for its shards, if possible the file's -> each annotation file of a split."""
-
     found: dict[tuple[str, str], SampleFile] = {}
     for source in group.sources:
         part, samples = source.name.split("/")[0], source.samples
@@ -120,7 +119,7 @@ def _section(section: DictConfig, builder: Any, of_mixture: bool) -> dict[str, A
     given: Any = OmegaConf.to_container(section, resolve=True)
     names = (*(_SHARED if of_mixture else _KEPT), *SECTIONS.values())
     kept = {name: given[name] for name in names if name in given and given[name] != builder.DEFAULTS.get(name)}
-    if of_mixture and builder.DEFAULTS.get("templates") is False:  # its questions are whole instructions
+    if of_mixture and builder.DEFAULTS.get("templates") is False:  # its questions are complete instructions
         kept.pop("templates", None)
     splits = [*(builder.DEFAULTS.get("splits") or {}), *({} if of_mixture else given.get("splits") or {})]
     return kept | _FROM_SHARDS | {"splits": dict.fromkeys(splits)}

@@ -1,6 +1,6 @@
 """The runner: LAVIS's `RunnerBase` with a training loop that can stop and resume at any step.
 
-It knows no modality, no prompt and no data set.
+It depends on no modality, prompt or data set.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class ChatBridgeRunner(RunnerBase):
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimiser steps of the complete run."""
         return self.run.max_iters or self.train_loader.plan.steps_of(self.run.max_epoch or 0)
 
     @property

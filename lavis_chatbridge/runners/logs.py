@@ -66,7 +66,7 @@ class Meter:
 class Reporter(ExitStack):
     """Sends metrics to console, log file, TensorBoard and W&B. Does nothing on ranks other than 0.
 
-    ``steps`` is the length of the whole run, ``state`` its progress; a resumed run's is not 0 at the start.
+    ``steps`` is the length of the complete run, ``state`` its progress, which is not 0 at the start of a resumed run.
 
     Raises:
         ConfigError: If W&B cannot start.

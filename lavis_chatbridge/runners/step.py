@@ -2,7 +2,7 @@
 
 The loss of a step is the mean over all target tokens of all micro-batches of all processes. Each process therefore runs
 backward on the *sum* over its tokens; gradients are summed over processes and divided by the total number of tokens.
-This module knows no data sets, files or logs.
+This module uses no data sets, files or logs.
 """
 
 from __future__ import annotations
