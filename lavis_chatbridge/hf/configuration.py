@@ -124,7 +124,7 @@ class ChatBridgeConfig(PretrainedConfig):
                     local = None if name.startswith(hub.PACKAGE) else hub.parsed(name).path
                     references.append(name if local is None else os.path.relpath(local.resolve(), folder.resolve()))
                 copy.model[part] = {**copy.model.get(part, {}), key: references}
-                path = need.status().path
+                path = hub.status(*need).path
                 copy.frozen[need.setting] = {"source": references, **({"hash": content_hash(path)} if path else {})}
         copy.model["perceiver"] = {**copy.model.get("perceiver", {}), "weights": None}
         copy.model |= {"checkpoint": None}
@@ -134,7 +134,7 @@ class ChatBridgeConfig(PretrainedConfig):
         """Raise a `CheckpointError` if a frozen part differs from that used in training."""
         for need in weights.needs(settings):
             expected = self.frozen.get(need.setting, {}).get("hash")
-            if expected is not None and content_hash(path := need.find()) != expected:
+            if expected is not None and content_hash(path := hub.find(*need)) != expected:
                 raise CheckpointError(
                     f"{need.setting}: {path} is not what this bridge was trained with (its hash is not "
                     f"{expected[:12]}...): use {' or '.join(hub.as_list(need.names))} as published"

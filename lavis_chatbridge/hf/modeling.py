@@ -124,7 +124,7 @@ class ChatBridgeForConditionalGeneration(PreTrainedModel, GenerationMixin):
             part, _, key = need.setting.removeprefix("model.").partition(".")
             if (part, key) not in FROZEN:
                 continue
-            path, target = need.find(), folder / "frozen" / f"{part}_{key}"
+            path, target = hub.find(*need), folder / "frozen" / f"{part}_{key}"
             target.mkdir(parents=True, exist_ok=True)
             files = [path] if path.is_file() else hub.require_files(path, need.content, need.prefixes)
             copies = [shutil.copyfile(file, target / file.name) for file in files]

@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -117,8 +117,10 @@ class Decoder:
             return
         longest = max(group.length, new.length)
         pads = [pad + longest - one.length for one in (group, new) for pad in one.pads]
-        group.cache = _joined(group.cache, new.cache)
-        group.rows, group.pads = [*group.rows, *new.rows], pads
+        joined = DynamicCache()
+        for i, layers in enumerate(zip(group.cache.layers, new.cache.layers, strict=True)):
+            joined.update(_stacked(one.keys for one in layers), _stacked(one.values for one in layers), i)
+        group.rows, group.pads, group.cache = [*group.rows, *new.rows], pads, joined
 
 
 @dataclass
@@ -164,17 +166,11 @@ def _drop_complete(group: _Group) -> None:
         group.cache.batch_select_indices(torch.tensor(index))
 
 
-def _joined(first: Any, second: Any) -> DynamicCache:
-    """The rows of two plain caches in one; the shorter rows are padded on the left."""
-    length = max(first.get_seq_length(), second.get_seq_length())
-
-    def join(*parts: Tensor) -> Tensor:
-        return torch.cat([functional.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts])
-
-    joined = DynamicCache()
-    for i, (one, other) in enumerate(zip(first.layers, second.layers, strict=True)):
-        joined.update(join(one.keys, other.keys), join(one.values, other.values), i)
-    return joined
+def _stacked(states: Iterable[Tensor]) -> Tensor:
+    """Keys or values of several batches in one batch; the shorter ones are padded on the left."""
+    parts = list(states)
+    length = max(part.shape[-2] for part in parts)
+    return torch.cat([functional.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts])
 
 
 def _selected(cache: Any, rows: Sequence[int], start: int) -> DynamicCache:

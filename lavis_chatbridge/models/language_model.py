@@ -27,9 +27,6 @@ TESTED = frozenset((
 ))  # fmt: skip
 """Families (``model_type``) that pass every stage in tests/models/test_families.py; others are checked when loaded."""
 
-_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.1}
-"""Largest accepted difference between a row's logits alone and in a padded batch, in standard deviations."""
-
 
 def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel, Tokenizer]:
     """The frozen language model, with new adapters if the settings name any, and its tokenizer.
@@ -114,7 +111,8 @@ def _difference(model: LanguageModel) -> str:
         return "the rows of its cache cannot be selected"
     cache.batch_select_indices(torch.tensor([1], device=device))
     logits, _ = read(model, cache, mask[1:], positions[1:, 8:], inputs_embeds=alone[:, -2:])
-    allowed = _TOLERANCE.get(model.dtype, 0.3) * float(expected.std().clamp(min=1e-6))
+    deviations = {torch.float32: 0.01, torch.float16: 0.1}.get(model.dtype, 0.3)
+    allowed = deviations * float(expected.std().clamp(min=1e-6))
     difference = float((logits[0].float() - expected).abs().max())
     quantised = getattr(model.config, "quantization_config", None) is not None
     return "" if quantised or difference <= allowed else "a row's logits depend on the padding, the batch or the cache"

@@ -14,8 +14,6 @@ from torch import nn
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.settings import LoraSettings
 
-_ADAPTER = "default"
-
 
 def inject(model: nn.Module, settings: LoraSettings) -> None:
     """Add new adapters, which have no effect yet, to a frozen language model; `thaw` makes them trainable.
@@ -39,14 +37,14 @@ def inject(model: nn.Module, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
     )
-    inject_adapter_in_model(config, model, adapter_name=_ADAPTER)
+    inject_adapter_in_model(config, model)
 
 
 def merge(model: nn.Module) -> None:
     """Add all adapters to the weights that they adapt; the result is a plain transformers model."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
     for name, layer in list(_layers(model)):
         base = layer.get_base_layer()
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
         if base.weight is embeddings.weight:  # tied: the token embeddings stay as they are
             base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
             model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -85,7 +83,7 @@ def describe(model: nn.Module) -> str | None:
     if not layers:
         return None
     (_, first), targets = layers[0], sorted({name.rpartition(".")[2] for name, _ in layers})
-    return f"rank {first.r[_ADAPTER]}, alpha {first.lora_alpha[_ADAPTER]:g} on {', '.join(targets)}"
+    return f"rank {first.r['default']}, alpha {first.lora_alpha['default']:g} on {', '.join(targets)}"
 
 
 def difference(saved: str | None, model: nn.Module) -> str:

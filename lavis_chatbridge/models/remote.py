@@ -49,12 +49,11 @@ class Client:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         key = os.environ.get(KEY)
-        # vLLM closes idle connections after 5 seconds: do not reuse one that it may be closing
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=2.0)
         self._http = httpx.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(300.0, connect=5.0),
-            limits=limits,
+            # vLLM closes idle connections after 5 seconds: do not reuse one that it may be closing
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
             trust_env=False,
         )
         self._model: str | None = None
@@ -207,16 +206,11 @@ def load_remote(url: str, folder: Path, tokenizer: Tokenizer, dtype: torch.dtype
 
 
 def _embedding_table(folder: Path) -> Tensor:
-    """``[V, D]``; if there are several safetensors files, their index names the right one."""
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file for name, file in weight_map.items() if name.endswith(_TABLES)}
-    for file in filter(Path.is_file, (folder / file for file in files)):
+    """The ``[V, D]`` embedding table in a folder's safetensors; no other tensor is read."""
+    for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            for name in filter(lambda name: name.endswith(_TABLES), opened.keys()):
-                return opened.get_tensor(name)
+            if names := [name for name in opened.keys() if name.endswith(_TABLES)]:  # noqa: SIM118
+                return opened.get_tensor(names[0])
     raise CheckpointError(
         f"{folder} has no embedding table (model.{_TABLES[0]}) in safetensors, which a remote engine needs: "
         "convert its weights with save_pretrained"

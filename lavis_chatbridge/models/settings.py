@@ -24,8 +24,6 @@ Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EncoderSettings(Settings):
-    """Settings of both the vision and the audio encoder."""
-
     encoder: str
     """``eva``, ``beats``, ``timm``, ``transformers``, or your own ``MODULE:FUNCTION``."""
 
@@ -66,11 +64,6 @@ class VisionSettings(EncoderSettings):
     heads: PositiveInt = 16
     mlp_ratio: float = 4.3637
 
-    @property
-    def tokens(self) -> int:
-        """Number of EVA's tokens for one image."""
-        return (self.image_size // self.patch_size) ** 2 + 1
-
     def check(self) -> Iterable[str]:
         yield from super().check()
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
@@ -80,8 +73,6 @@ class VisionSettings(EncoderSettings):
 
 
 class AudioSettings(EncoderSettings):
-    """The audio encoder."""
-
     encoder: str = "beats"
     mask_padding: bool = True
     """Mask the padding of clips that are not full. The original does not mask it."""
@@ -94,8 +85,6 @@ class PerceiverSettings(Settings):
     """A BLIP-2 file for query tokens, perceiver and ``ln_vision``. Null: randomly initialised."""
 
     width: int = 768
-    """Width of the query vectors."""
-
     layers: int = 12
     heads: PositiveInt = 12
     feed_forward: int = 3072
@@ -132,8 +121,6 @@ class LoraSettings(Settings):
 
 
 class LanguageModelSettings(Settings):
-    """The language model."""
-
     weights: Weights | None = None
     """A folder in Hugging Face's layout. Null: randomly initialised."""
 

@@ -23,24 +23,12 @@ CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help=
 
 
 class Need(NamedTuple):
-    """Weights that a setting names; see :func:`hub.find` for ``content`` and ``prefixes``."""
+    """Weights that a setting names: the arguments of :func:`hub.find`."""
 
-    setting: str
     names: Weights
+    setting: str
     content: hub.Content = "weights"
     prefixes: tuple[str, ...] = ()
-
-    def find(self) -> Path:
-        """The local file or folder, downloaded if necessary."""
-        return hub.find(self.names, self.setting, self.content, self.prefixes)
-
-    def status(self) -> hub.Found:
-        """Its location and size, without downloading it."""
-        return hub.status(self.names, self.setting, self.content, self.prefixes)
-
-    def with_origin(self, fault: str) -> str:
-        """Add to an error text where to get weights that cannot be downloaded."""
-        return f"{fault} (BEATs is published by {_BEATS})" if "BEATs" in str(self.names) else fault
 
 
 def needs(settings: ModelSettings) -> list[Need]:
@@ -49,12 +37,12 @@ def needs(settings: ModelSettings) -> list[Need]:
 
     llm, vision = settings.language_model, settings.vision
     possible = [
-        Need("model.language_model.weights", llm.weights or (), "language_model"),
-        Need("model.language_model.tokenizer", llm.tokenizer or (), "tokenizer"),
-        Need("model.vision.weights", vision.weights or (), prefixes=BLIP2_VISION if vision.encoder == "eva" else ()),
-        Need("model.audio.weights", settings.audio.weights or ()),
-        Need("model.perceiver.weights", settings.perceiver.weights or (), prefixes=BLIP2_BRIDGE),
-        Need("model.checkpoint", settings.checkpoint or ()),
+        Need(llm.weights or (), "model.language_model.weights", "language_model"),
+        Need(llm.tokenizer or (), "model.language_model.tokenizer", "tokenizer"),
+        Need(vision.weights or (), "model.vision.weights", prefixes=BLIP2_VISION if vision.encoder == "eva" else ()),
+        Need(settings.audio.weights or (), "model.audio.weights"),
+        Need(settings.perceiver.weights or (), "model.perceiver.weights", prefixes=BLIP2_BRIDGE),
+        Need(settings.checkpoint or (), "model.checkpoint"),
     ]
     return [need for need in possible if need.names]
 
@@ -64,9 +52,9 @@ def find_all(settings: ModelSettings) -> dict[str, Path]:
     found, faults = {}, []
     for need in needs(settings):
         try:
-            found[need.setting] = need.find()
+            found[need.setting] = hub.find(*need)
         except CheckpointError as error:
-            faults.append(need.with_origin(str(error)))
+            faults.append(f"{error}{_origin(need)}")
     if faults:
         raise CheckpointError("; ".join(faults))
     return found
@@ -97,9 +85,9 @@ def model_settings(model_type: str | None, cfg_path: str | None = None, changes:
 
 def described(need: Need) -> tuple[hub.Found, str]:
     """The location of weights, and a line that describes it."""
-    found = need.status()
+    found = hub.status(*need)
     if found.state == "missing":
-        return found, need.with_origin(found.fault)
+        return found, f"{found.fault}{_origin(need)}"
     size = "unknown size" if found.size is None else tqdm.format_sizeof(found.size, "B", 1024)
     return found, f"{need.setting:<32}{size:>12}  {found.path or ' or '.join(hub.as_list(need.names))}"
 
@@ -138,6 +126,11 @@ def download_command(
     for _, settings in _wanted(model_type, cfg_path):
         for setting, path in find_all(settings).items():
             typer.echo(f"{setting:<32}{path}")
+
+
+def _origin(need: Need) -> str:
+    """For error texts: where to get weights that cannot be downloaded."""
+    return f" (BEATs is published by {_BEATS})" if "BEATs" in str(need.names) else ""
 
 
 def _wanted(model_type: str | None, cfg_path: str | None) -> Iterator[tuple[str, ModelSettings]]:

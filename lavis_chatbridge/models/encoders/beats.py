@@ -69,11 +69,9 @@ class Beats(nn.Module):
     def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
         self.config = config
-        self.width = config.encoder_embed_dim
-        self.patch = patch = config.input_patch_size
-        self.time_axis = 1
+        self.width, self.patch, self.time_axis = config.encoder_embed_dim, config.input_patch_size, 1
         self.description = repr(config)
-        self.patch_embedding = nn.Conv2d(1, config.embed_dim, patch, stride=patch, bias=False)
+        self.patch_embedding = nn.Conv2d(1, config.embed_dim, self.patch, stride=self.patch, bias=False)
         self.layer_norm = nn.LayerNorm(config.embed_dim)
         same = config.embed_dim == self.width
         self.post_extract_proj = nn.Identity() if same else nn.Linear(config.embed_dim, self.width)
@@ -94,7 +92,7 @@ class Beats(nn.Module):
         Returns:
             ``[B, n, D]`` tokens, zeros for padding, and ``[B, n]`` bool, false for padding.
         """
-        patch = self.config.input_patch_size
+        patch = self.patch
         if fbank.shape[-1] % patch or (frames is None and fbank.shape[1] < patch):
             raise ConfigError(
                 f"BEATs needs mel bins in multiples of {patch} and at least {patch} frames, found "
@@ -177,8 +175,7 @@ class _Layer(nn.Module):
 
     def __init__(self, config: BeatsConfig, table: nn.Embedding) -> None:
         super().__init__()
-        width = config.encoder_embed_dim
-        layers = config.encoder_layers
+        width, layers = config.encoder_embed_dim, config.encoder_layers
         self.residual_scale = (2 * layers) ** 0.25
         self.self_attn = _Attention(config, table)
         self.self_attn_layer_norm = nn.LayerNorm(width)

@@ -87,8 +87,11 @@ class TransformersAudio(_Transformers):
         tokens = self.run(inputs)
         if tokens.dim() == 4:  # CLAP: [B, D, frequency, time]
             tokens = tokens.flatten(2).transpose(1, 2)
-        if family == "audio-spectrogram-transformer":
-            return self._pooled_grid(tokens)
+        if family == "audio-spectrogram-transformer":  # two prefix tokens, then patches, frequency outer, time inner
+            config = self.model.config
+            rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
+            grid = tokens[:, 2:].transpose(1, 2).unflatten(2, (rows, -1))
+            return tokens_of(grid, self.pool, tokens[:, :2] if self.class_token else None)
         mask = self._mask(tokens, batch, lengths)
         if self.pool > 1:
             weights = mask.unsqueeze(1).to(tokens.dtype)
@@ -108,13 +111,6 @@ class TransformersAudio(_Transformers):
         elif lengths is not None and self.model.config.model_type == "whisper":
             valid = -(-lengths * count // batch.shape[-1])
         return torch.arange(count, device=tokens.device) < valid.clamp(1, count)[:, None]
-
-    def _pooled_grid(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool AST's tokens: two prefix tokens, then patches, frequency outer and time inner."""
-        config = self.model.config
-        rows = (config.num_mel_bins - config.patch_size) // config.frequency_stride + 1
-        grid = tokens[:, 2:].transpose(1, 2).unflatten(2, (rows, -1))
-        return tokens_of(grid, self.pool, tokens[:, :2] if self.class_token else None)
 
 
 def build_vision(settings: VisionSettings) -> TransformersVision:
