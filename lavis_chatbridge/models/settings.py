@@ -26,25 +26,18 @@ Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 class EncoderSettings(Settings):
     encoder: str
     """``eva``, ``beats``, ``timm``, ``transformers``, or your own ``MODULE:FUNCTION``."""
-
     weights: Weights | None = None
     """The file or folder of the weights. Null: randomly initialised."""
-
     config: dict[str, Any] | None = None
     """Sizes for random weights (transformers: with ``model_type``), or for a BEATs file without a configuration."""
-
     dtype: Precision = "float32"
     """The precision that the frozen encoder runs in."""
-
     name: str | None = None
     """timm: the architecture (``vit_base_patch16_siglip_224``); null reads it from the folder's config.json."""
-
     layer: int = -1
     """timm and transformers: use the output of this block; -1 is the last one (after the final norm)."""
-
     class_token: bool = True
     """timm and transformers: keep the tokens before the patches (class and register tokens)."""
-
     pool: PositiveInt = 1
     """timm and transformers: average this many neighbouring tokens (in a grid: along each axis)."""
 
@@ -83,22 +76,18 @@ class PerceiverSettings(Settings):
 
     weights: Weights | None = None
     """A BLIP-2 file for query tokens, perceiver and ``ln_vision``. Null: randomly initialised."""
-
     width: int = 768
     layers: int = 12
     heads: PositiveInt = 12
     feed_forward: int = 3072
     cross_attention_every: int = 2
     """Every n-th layer, from layer 0, has a cross-attention."""
-
     queries: int = 32
     """Number of query tokens per medium."""
-
     dropout: Share = 0.1
     norm_eps: float = 1e-12
     initializer_range: float = 0.02
     """Standard deviation of randomly initialised weights and query tokens."""
-
     video_queries: Literal["joint", "per_frame"] = "joint"
     """``joint``: the queries read all frames of a video at once; ``per_frame``: each frame (the original's stage 3)."""
 
@@ -113,7 +102,6 @@ class LoraSettings(Settings):
     rank: PositiveInt = 8
     alpha: PositiveFloat = 16.0
     """The adapter's output is scaled by alpha / rank."""
-
     dropout: Share = 0.05
     target_modules: tuple[str, ...] = Field(default=("q_proj", "v_proj"), min_length=1)
     """Name endings of the layers that get an adapter; LLaMA's are ``q_proj``, ``k_proj``, ``v_proj``,
@@ -123,26 +111,19 @@ class LoraSettings(Settings):
 class LanguageModelSettings(Settings):
     weights: Weights | None = None
     """A folder in Hugging Face's layout. Null: randomly initialised."""
-
     tokenizer: Weights | None = None
     """The tokenizer's folder; null: the folder of the weights."""
-
     config: dict[str, Any] | None = None
     """The model's configuration (``model_type`` and sizes), for random weights only."""
-
     dtype: Precision = "float32"
     """The precision that the frozen model runs in."""
-
     quantization: Literal["8bit", "4bit"] | None = None
     """``8bit`` (LLM.int8) or ``4bit`` (NF4, double quantisation) for the linear layers of the frozen blocks; the rest
     stays in ``dtype``. Uses bitsandbytes (extra ``quantize``), on a CPU or a CUDA device."""
-
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
     """How accelerate (extra ``device-map``) distributes the layers over this process's devices; inference only."""
-
     lora: LoraSettings | None = None
     """Adapters that are trained together with the bridge; null: none."""
-
     engine: str | None = None
     """The address of a vLLM server that runs the blocks, as ``http://HOST:PORT/v1``; only the embedding table is loaded
     in this process. Inference only."""
@@ -164,10 +145,8 @@ class TemporalSettings(Settings):
 
     frames: PositiveInt = 4
     """Number of video frames in the table."""
-
     clips: PositiveInt = 2
     """Number of audio clips in the table."""
-
     initializer_range: float = 0.02
     """Standard deviation of new positions; the encoder tokens have 1. A small value hardly affects a pretrained
     perceiver; with a large one, a new perceiver can distinguish frames from the start."""
@@ -179,32 +158,24 @@ class ModelSettings(Settings):
     language_model: LanguageModelSettings
     arch: str = "chatbridge"
     """The name registered with LAVIS."""
-
     model_type: str = "tiny"
     """The shipped YAML with the defaults."""
-
     vision: VisionSettings = VisionSettings()
     audio: AudioSettings = AudioSettings()
     perceiver: PerceiverSettings = PerceiverSettings()
     temporal_positions: TemporalSettings | None = None
     """Learnt temporal positions of frames and clips; null: none, as in the released checkpoints."""
-
     template: Literal["human_assistant", "vicuna_v1", "tokenizer"] = "human_assistant"
     """Prompt format of conversations in training, evaluation, chat and server: ``human_assistant`` (the paper's),
     ``vicuna_v1``, or ``tokenizer`` (the language model's own chat template)."""
-
     prompt_layout: Layout = "text"
     """``text``: BOS first, padding on the right; ``original``: exactly the original's batches."""
-
     max_text_length: PositiveInt = 150
     """Most text tokens of a training sample; in the original's stage 2, most positions of any type."""
-
     reply_end: str = "###"
     """The text that ends a reply."""
-
     encoder_batch: PositiveInt = 64
     """Most frames or clips to encode at once."""
-
     checkpoint: Weights | None = None
     """Weights of a trained ChatBridge; null: the bridge is untrained."""
 
