@@ -25,6 +25,7 @@ from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modalit
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.chatbridge import ChatBridge
+    from lavis_chatbridge.processors.base import Processor
 
 _REMEMBERED = 64  # media
 NO_TRACK = "the video has no audio track"
@@ -124,7 +125,7 @@ class MediaReader:
         processors: As `processors.load_processors` returns them.
     """
 
-    def __init__(self, model: ChatBridge, processors: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, model: ChatBridge, processors: Mapping[str, Mapping[str, Processor]]) -> None:
         self._model = model
         self.processors = {modality: processors[modality]["eval"] for modality in MODALITIES}
         self._known: dict[str, Perceived] = {}

@@ -149,7 +149,6 @@ def open_url(url: str, where: str, access: Access) -> Path | bytes:
 
 
 def data_url(content: bytes, mime_type: str = "") -> str:
-    """Bytes as a URL."""
     return f"data:{mime_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 

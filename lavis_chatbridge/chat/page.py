@@ -1,6 +1,6 @@
 """The page: gradio's `ChatInterface`, its actions, and how its messages become a conversation.
 
-The browser holds the conversation; the engine holds nothing of it. Import this module after `web.quiet_gradio`. It
+The browser keeps the conversation; the engine keeps nothing of it. Import this module after `web.quiet_gradio`. It
 imports gradio at the top, because gradio resolves the annotations of actions to find the parameter ``request``.
 """
 
@@ -155,9 +155,15 @@ def _notes(answer: Answer) -> list[dict[str, Any]]:
 
 
 def build_blocks(page: Page) -> gr.Blocks:
-    """The page itself."""
     given = [[{"text": text, "files": [str(EXAMPLES / name) for name in names]}] for text, names in QUESTIONS]
-    settings = _settings()
+    settings: list[Any] = [
+        gr.Textbox("", label="System prompt", lines=2, render=False),
+        gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens", render=False),
+        gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest token", render=False),
+        gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p", render=False),
+        gr.Number(value=-1, precision=0, label="Seed", info="-1: a new answer each time", render=False),
+        gr.Checkbox(value=True, label="Hear the videos' sound tracks", render=False),
+    ]
     with gr.Blocks(title=page.title, analytics_enabled=False, delete_cache=(3600, 86_400), fill_height=True) as blocks:
         gr.Markdown(f"# {page.title}\nTalk about pictures, videos and sounds. {page.knows}", elem_id="page-title")
         talk = gr.ChatInterface(
@@ -188,17 +194,6 @@ def build_blocks(page: Page) -> gr.Blocks:
         )
         _wire(page, blocks, talk, settings)
     return blocks
-
-
-def _settings() -> list[Any]:
-    return [
-        gr.Textbox("", label="System prompt", lines=2, render=False),
-        gr.Slider(1, 1024, value=256, step=1, label="Longest answer, in tokens", render=False),
-        gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0 takes the likeliest token", render=False),
-        gr.Slider(0.05, 1, value=0.9, step=0.05, label="Top-p", render=False),
-        gr.Number(value=-1, precision=0, label="Seed", info="-1: a new answer each time", render=False),
-        gr.Checkbox(value=True, label="Hear the videos' sound tracks", render=False),
-    ]
 
 
 def _chatbot() -> gr.Chatbot:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
 from lavis_chatbridge.media import open_image
 from lavis_chatbridge.models.chatbridge import ChatBridge
 from lavis_chatbridge.models.sampling import Sampling
-from lavis_chatbridge.processors import load_processors
+from lavis_chatbridge.processors.base import Processor, load_processors
 
 
 class Session:
@@ -51,7 +51,7 @@ class Session:
     def __init__(
         self,
         model: ChatBridge,
-        processors: Any = None,
+        processors: Mapping[str, Mapping[str, Processor]] | None = None,
         template: str | None = None,
         *,
         system: str = "",
@@ -61,10 +61,12 @@ class Session:
         hosts: Sequence[str] = (),
         engine: Engine | None = None,
     ) -> None:
-        if engine is None and processors is None:
-            config = read_yaml(model.default_config_path(model.settings.model_type))
-            processors = load_processors(config.get("preprocess"))
-        self.engine = engine or Engine(model, MediaReader(model, processors), template)
+        if engine is None:
+            if processors is None:
+                config = read_yaml(model.default_config_path(model.settings.model_type))
+                processors = load_processors(config.get("preprocess"))
+            engine = Engine(model, MediaReader(model, processors), template)
+        self.engine = engine
         self.model, self.hear_videos = model, hear_videos
         self.sampling = sampling or Sampling()
         self.access = Access(hosts=tuple(hosts))
@@ -107,7 +109,6 @@ class Session:
 
     @property
     def system(self) -> str:
-        """The system prompt."""
         return self._conversation.system
 
     def ask(
@@ -233,7 +234,7 @@ class Session:
 
 def load_model(
     model: str | Path = "tiny", options: Sequence[str] = (), device: str = "auto", engine: str = ""
-) -> tuple[ChatBridge, dict[str, dict[str, Any]]]:
+) -> tuple[ChatBridge, dict[str, dict[str, Processor]]]:
     """Build a ChatBridge for answering, and its processors.
 
     Args:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from lavis_chatbridge.chat.engine import Answer, Reply
     from lavis_chatbridge.chat.session import Session
+    from lavis_chatbridge.media import Sound
 
 PROMPT = "you> "
 _SETTINGS = [name for name in SAMPLED if name != "stop"]
@@ -80,7 +81,7 @@ class Terminal:
 
     def __init__(self, session: Session, console: Console) -> None:
         self.session, self.console = session, console
-        self.attached: list[tuple[Modality, Any]] = []
+        self.attached: list[tuple[Modality, Sound]] = []
 
     def talk(self, lines: Iterable[str]) -> None:
         """Answer lines until they end or one is ``/quit``; a mistake prints one line and costs nothing."""
@@ -100,7 +101,6 @@ class Terminal:
                 self.say("(stopped)")
 
     def say(self, text: str, style: str = "dim") -> None:
-        """Print a line."""
         self.console.print(_harmless(text), style=style, markup=False, soft_wrap=True)
 
     def attach(self, word: str, modality: Modality | None = None) -> None:
@@ -173,7 +173,11 @@ class Terminal:
     def _media(self, rest: str) -> None:
         if rest == "none":
             self.attached = []
-        self.say("\n".join(f"  {modality} {path}" for modality, path in self.attached) or "  nothing is attached")
+        for modality, content in self.attached:
+            path = content if isinstance(content, (str, os.PathLike)) else "of the saved conversation"
+            self.say(f"  {modality} {path}")
+        if not self.attached:
+            self.say("  nothing is attached")
 
     def _retry(self, rest: str) -> None:
         self._show(self.session.restream)

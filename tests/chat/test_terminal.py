@@ -22,6 +22,7 @@ from rich.console import Console
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.chat import Session, terminal
+from tests.chat.building import asked, image_part
 
 
 def typed(opened: Session, *lines: str) -> str:
@@ -85,6 +86,9 @@ def test_retry_edit_undo_save_and_load(opened: Session, files: Path, tmp_path: P
     assert shown.count("you> deux?") == 1  # shown by /load; /history after /new shows nothing
     assert [message["content"] for message in json.loads(file.read_text())["messages"][::2]] == ["one?", "deux?"]
     assert "error" not in shown
+    talk = [*asked(image_part(), "what?"), {"role": "assistant", "content": "a star"}]
+    file.write_text(json.dumps({"messages": talk}))
+    assert typed(opened, f"/load {file}", "/undo", "/media").endswith("  image of the saved conversation\n")
 
 
 def test_settings_and_help(opened: Session):

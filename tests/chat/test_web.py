@@ -24,8 +24,7 @@ from lavis_chatbridge.errors import ConfigError
 from tests.chat import building
 from tests.chat.building import slow_down
 
-USUAL = ("", 8, 0.0, 0.9, -1, True)
-"""The page's settings: system prompt, tokens, temperature, top-p, seed, hearing."""
+USUAL = ("", 8, 0.0, 0.9, -1, True)  # system prompt, tokens, temperature, top-p, seed, hearing
 
 
 @pytest.fixture(scope="module")

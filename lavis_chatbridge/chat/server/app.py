@@ -25,6 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lavis_chatbridge.chat.engine import Answer, Engine, Event, Reply
+from lavis_chatbridge.chat.messages import Access
 from lavis_chatbridge.chat.server import requests
 from lavis_chatbridge.chat.server.command import MEBIBYTE, own_names
 from lavis_chatbridge.chat.server.requests import Body, ChatRequest, RequestError, TextRequest, refusal_of
@@ -58,7 +59,6 @@ class Meters:
         running.set_function(lambda: engine.running)
 
     def count(self, answer: Answer, seconds: float) -> None:
-        """Count a complete reply."""
         self.tokens.labels("prompt").inc(answer.prompt_tokens)
         self.tokens.labels("reused").inc(answer.reused_tokens)
         self.tokens.labels("generated").inc(answer.tokens)
@@ -199,15 +199,18 @@ class _Exchange:
 
     async def _begin(self, cls: type[Body]) -> Body:
         """Read the request and start every reply that it asks for."""
+        own = self._options
         content_type = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type != "application/json":
             raise RequestError(415, "the request's Content-Type is not application/json", "unsupported_media_type")
-        content = await _content(self._request, round(self._options.max_body * MEBIBYTE))
+        content = await _content(self._request, round(own.max_body * MEBIBYTE))
         body = await asyncio.to_thread(requests.read_request, cls, content)
-        _check_model(body.model or self._options.name, self._options.name)
-        prompts = await asyncio.to_thread(body.prompts, self._options.access, self._options.max_media)
+        _check_model(body.model or own.name, own.name)
+        limit = round(own.max_medium * MEBIBYTE)
+        access = Access(folders=own.files, hosts=own.allowed_hosts, max_bytes=limit)
+        prompts = await asyncio.to_thread(body.prompts, access, own.max_media)
         loop = asyncio.get_running_loop()
-        for index, (prompt, sampling) in enumerate(product(prompts, body.samplings(self._options.max_tokens))):
+        for index, (prompt, sampling) in enumerate(product(prompts, body.samplings(own.max_tokens))):
 
             def deliver(event: Event, index: int = index) -> None:
                 with suppress(RuntimeError):  # the server has ended: its loop is closed

@@ -23,7 +23,6 @@ from lavis_chatbridge.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from lavis_chatbridge.chat.engine import Engine
-    from lavis_chatbridge.chat.messages import Access
 
 MEBIBYTE = 1 << 20
 TOKENS = "CHATBRIDGE_TOKENS"
@@ -68,7 +67,6 @@ class ServerOptions(Settings):
     """Seconds of a request."""
 
     def check(self) -> Iterator[str]:
-        """Yields folders that are missing, and an address that needs tokens."""
         for folder in self.files:
             if not folder.is_dir():
                 yield f"there is no folder {folder}"
@@ -79,13 +77,6 @@ class ServerOptions(Settings):
     def tokens(self) -> tuple[str, ...]:
         """Bearer tokens, one of which a request must have; none asks for no token."""
         return (*os.environ.get(TOKENS, "").split(), *(lines_of(self.token_file) if self.token_file else ()))
-
-    @cached_property
-    def access(self) -> Access:
-        """Which URLs of media are opened."""
-        from lavis_chatbridge.chat.messages import Access
-
-        return Access(folders=self.files, hosts=self.allowed_hosts, max_bytes=round(self.max_medium * MEBIBYTE))
 
 
 class DecodingOptions(Settings):
