@@ -29,7 +29,6 @@ USUAL = ("", 8, 0.0, 0.9, -1, True)  # system prompt, tokens, temperature, top-p
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The module ``page``, which imports gradio."""
     web.quiet_gradio(str(tmp_path_factory.mktemp("gradio")))
     from lavis_chatbridge.chat import page
 

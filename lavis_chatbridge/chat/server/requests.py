@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 _logged: set[str] = set()
-_MOST_REPLIES, _MOST_LOGPROBS = 16, 20
+_MOST_REPLIES, _MOST_LOGPROBS, _MOST_LOGGED = 16, 20, 100
 _USUAL = Sampling()
 _UNSUPPORTED: dict[str, Any] = {
     **dict.fromkeys(("tools", "functions", "logit_bias", "guided_json", "structured_outputs", "use_beam_search")),
@@ -103,10 +103,11 @@ class Body(BaseModel):
         """Refuse unsupported fields by name, and log fields that have no meaning here, once each."""
         neutral = {**_UNSUPPORTED, "best_of": self.n or 1}
         for name, value in (self.model_extra or {}).items():
-            if name not in neutral and name not in _logged:
-                _logged.add(name)
-                log.info("the field %s of a request has no meaning here", name[:80])
-            elif value and name in neutral and value != neutral[name]:
+            if name not in neutral:
+                if name[:80] not in _logged and len(_logged) < _MOST_LOGGED:
+                    _logged.add(name[:80])
+                    log.info("the field %s of a request has no meaning here", name[:80])
+            elif value and value != neutral[name]:
                 asked = f"{name} {json.dumps(value)[:60]}"
                 raise RequestError(400, f"{asked} is not supported by this server", "unsupported_parameter", name)
 
