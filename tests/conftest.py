@@ -23,10 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """The folder of golden numbers: ``GOLDEN_DIR``, or the copy beside the tests."""
-    folder = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
-    if not (folder / "config.json").is_file():
-        pytest.fail(f"GOLDEN_DIR: {folder} does not have the golden numbers: config.json is missing")
-    return folder
+    return Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden")
 
 
 @pytest.fixture(scope="session")

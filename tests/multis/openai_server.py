@@ -32,9 +32,6 @@ class Reply:
     cut: float = 1.0
 
 
-Script = Callable[[int, dict[str, Any]], Reply]  # from the number of the request (from 0) and its body
-
-
 def failure(status: int, message: str = "no", **headers: str) -> Reply:
     """An error in OpenAI's form."""
     body = json.dumps({"error": {"message": message, "type": "error", "code": None}}).encode()
@@ -58,9 +55,12 @@ def write_answer(messages: list[dict[str, str]]) -> str:
 
 
 class OpenAIServer:
-    """The server, which runs while the context is open; ``asked`` counts requests by their id."""
+    """The server, which runs while the context is open; ``asked`` counts requests by their id.
 
-    def __init__(self, script: Script | None = None, latency: float = 0.0) -> None:
+    ``script`` makes the reply from the number of the request (from 0) and its body.
+    """
+
+    def __init__(self, script: Callable[[int, Any], Reply] | None = None, latency: float = 0.0) -> None:
         self.script, self.latency = script or (lambda number, body: Reply()), latency
         self.asked = Counter[str]()
         self.bodies, self.times, self.keys = list[dict[str, Any]](), list[float](), set[str]()

@@ -20,19 +20,15 @@ run: {{task: chatbridge_alignment, max_iters: 1, batch_size_train: 4}}
 """
 
 
-@pytest.fixture
-def config(tmp_path):
-    def write(model_type="tiny"):
-        (tmp_path / "run.yaml").write_text(YAML.format(model_type))
-        return str(tmp_path / "run.yaml")
-
-    return write
+def config(folder, model_type="tiny"):
+    (folder / "run.yaml").write_text(YAML.format(model_type))
+    return str(folder / "run.yaml")
 
 
-def test_the_exit_status_counts_faults(config, monkeypatch, capsys):
+def test_the_exit_status_counts_faults(tmp_path, monkeypatch, capsys):
     for look in ("packages", "scores"):
         monkeypatch.setattr(doctor, look, lambda: iter([Finding("warning", "w")]))
-    assert cli.main(["doctor", "--cfg-path", config()]) == 0
+    assert cli.main(["doctor", "--cfg-path", config(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "model.vision.weights" in printed
     assert "GPU memory of a training process, estimated" in printed
@@ -62,22 +58,22 @@ def test_missing_java_is_a_warning(monkeypatch):
     assert list(doctor.scores()) == [Finding("warning", "METEOR: no Java")]
 
 
-def test_missing_weights_and_faulty_configurations(config, tmp_path, monkeypatch):
+def test_missing_weights_and_faulty_configurations(tmp_path, monkeypatch):
     monkeypatch.setenv("CHATBRIDGE_WEIGHTS", str(tmp_path))
-    faults = [text for level, text in doctor.configuration(config("vicuna13b"), []) if level == "FAULT"]
+    faults = [text for level, text in doctor.configuration(config(tmp_path, "vicuna13b"), []) if level == "FAULT"]
     parts = ("language_model", "vision", "audio", "perceiver")
     assert [text.split(":")[0] for text in faults] == [f"model.{part}.weights" for part in parts]
-    fault, *others = doctor.configuration(config(), ["run.max_itres=3"])
+    fault, *others = doctor.configuration(config(tmp_path), ["run.max_itres=3"])
     assert "did you mean 'max_iters'" in fault.text
     assert others[0].text.startswith("model.language_model.weights")
-    [fault] = doctor.configuration(config("no_such_type"), [])
+    [fault] = doctor.configuration(config(tmp_path, "no_such_type"), [])
     assert "no_such_type" in fault.text
 
 
-def test_an_earlier_training_in_the_folder_is_a_fault(config, tmp_path):
+def test_an_earlier_training_in_the_folder_is_a_fault(tmp_path):
     (tmp_path / "out" / "checkpoints" / "step_00000003").mkdir(parents=True)
     for more, levels in ((["run.job_id=''"], ["FAULT"]), (["run.job_id=''", "run.overwrite=true"], []), ([], [])):
-        found = doctor.configuration(config(), [f"run.output_dir={tmp_path / 'out'}", *more])
+        found = doctor.configuration(config(tmp_path), [f"run.output_dir={tmp_path / 'out'}", *more])
         assert [level for level, text in found if "of an earlier training" in text] == levels
 
 
