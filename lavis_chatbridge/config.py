@@ -1,6 +1,6 @@
 """Settings: validates a mapping (YAML, command line) into a pydantic model, or raises one error with every fault.
 
-Reads YAML files and ``--options`` for all commands. This module knows no setting by name.
+Reads YAML files and ``--options`` for all commands. This module defines no setting.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Names, wherever a configuration accepts weights::
     https://host/path/file.pth
 
 Local files come first: a path, a copy in the folder ``CHATBRIDGE_WEIGHTS``, a cached download. If there is none, the
-first name of the list that can be downloaded is used. This module knows no model.
+first name of the list that can be downloaded is used. This module imports no model.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ SRUN = {**SBATCH, "SLURM_STEP_ID": "0"}
         (1, 4, SBATCH, (1, 4, 0)),
         (1, None, {}, "--rank and --world belong together"),
         (2, 2, {}, "rank 2 is not one of 2 processes"),
-        (-1, 2, {}, "rank -1 is not one of 2 processes"),
         (None, None, {"RANK": "first", "WORLD_SIZE": "2"}, "RANK is 'first', expected a whole number"),
         (None, None, SBATCH, r"Slurm announces 16 processes \(SLURM_NTASKS\), but srun did not start"),
     ],

@@ -8,7 +8,7 @@ Importing this package registers them with transformers' Auto classes::
     processor = ChatBridgeProcessor.from_pretrained("tiny")
 """
 
-import lavis  # noqa: F401  (LAVIS's registry holds the processors; its import applies the compatibility shims)
+import lavis  # noqa: F401  (the processors are in LAVIS's registry; its import applies the compatibility shims)
 import transformers
 
 from lavis_chatbridge.hf.configuration import ChatBridgeConfig
@@ -20,5 +20,5 @@ __all__ = ["ChatBridgeCollator", "ChatBridgeConfig", "ChatBridgeForConditionalGe
 transformers.AutoConfig.register(ChatBridgeConfig.model_type, ChatBridgeConfig, exist_ok=True)
 transformers.AutoProcessor.register(ChatBridgeConfig, ChatBridgeProcessor, exist_ok=True)
 for _name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
-    if (_auto := getattr(transformers, _name, None)) is not None:  # transformers 4.57 lacks the second
+    if (_auto := getattr(transformers, _name, None)) is not None:  # transformers 4.57 does not have the second
         _auto.register(ChatBridgeConfig, ChatBridgeForConditionalGeneration, exist_ok=True)

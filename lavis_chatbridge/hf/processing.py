@@ -184,7 +184,9 @@ class ChatBridgeProcessor(ProcessorMixin):
         return self.template(system).prompt(said, generate=bool(said) and said[-1].role == "user"), media
 
     def _load(self, parts: Sequence[Mapping[str, Any]], hear_videos: bool | None) -> list[Loaded]:
-        """Open media; each video is followed by its audio track unless that is silent or absent."""
+        """Open media, and download URLs; each video is followed by its audio track unless that is silent or absent."""
+        import httpx
+
         hear = self.hear_videos if hear_videos is None else hear_videos
         loaded: list[Loaded] = []
         for part in parts:
@@ -194,7 +196,12 @@ class ChatBridgeProcessor(ProcessorMixin):
             key = next((key for key in _SOURCES if part.get(key) is not None), None)
             if key is None:
                 raise PromptError(f"a part of type {modality!r} has no medium: pass one of {', '.join(_SOURCES)}")
-            source = base64.b64decode(part[key]) if key == "base64" else _fetched(part[key])
+            source: Any = base64.b64decode(part[key]) if key == "base64" else part[key]
+            if isinstance(source, str) and source.startswith(("http://", "https://")):
+                try:
+                    source = httpx.get(source, follow_redirects=True, timeout=60.0).raise_for_status().content
+                except httpx.HTTPError as error:
+                    raise MediaError(source, error) from error
             loaded.append((modality, self.processors[modality]["eval"](source)))
             if modality == "video" and hear:
                 with suppress(MediaError):
@@ -257,18 +264,6 @@ def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
         if token is not None:
             setattr(fast, name, fast.convert_ids_to_tokens(token))
     return fast
-
-
-def _fetched(source: Any) -> Any:
-    """A medium as a processor's input; an ``http(s)://`` URL is downloaded as bytes."""
-    if not isinstance(source, str) or not source.startswith(("http://", "https://")):
-        return source
-    import httpx
-
-    try:
-        return httpx.get(source, follow_redirects=True, timeout=60.0).raise_for_status().content
-    except httpx.HTTPError as error:
-        raise MediaError(source, error) from error
 
 
 def _rows(media: Any, text: str | Sequence[str] | None, modality: str) -> list[list[Any]]:

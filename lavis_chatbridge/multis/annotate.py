@@ -1,7 +1,7 @@
 """First stage: runs the annotators on each item's frames and sounds, and merges the results with human captions.
 
 Items are sharded over processes by rank. Finished items are not annotated again, even with another number of processes.
-This module knows only the annotators' protocol.
+This module uses only the annotators' protocol.
 """
 
 from __future__ import annotations

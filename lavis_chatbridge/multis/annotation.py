@@ -1,6 +1,6 @@
 """An annotation: a text description of one item's media. The language model reads this instead of the media.
 
-This module reads annotations and turns them into text. It knows neither annotators nor requests.
+This module reads annotations and turns them into text. It imports neither annotators nor requests.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ from lavis_chatbridge.pages import render
 from lavis_chatbridge.schema import Sample, to_record
 
 PAPER_COUNTS = {"conversation": 24_000, "detail": 18_000, "reasoning": 9_000}
-"""Numbers of samples of the paper's video, audio and video+audio chat data (arXiv 2305.16103, section 4.2), as rounded
-there."""
+"""Numbers of samples of the paper's chat data, as rounded there (arXiv 2305.16103, section 4.2)."""
 
 
 def check(generated: str | Path, annotations: str | Path, folder: str | Path, checker: Checker) -> dict[str, Any]:

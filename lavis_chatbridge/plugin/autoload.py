@@ -5,7 +5,7 @@
   this package is half imported, so that a program may import any of them first.
 - ``lavis.train`` and ``lavis.evaluate``: the package's command line under these names, unless LAVIS ships them.
 
-It imports the standard library only, and knows no class of the package.
+It imports the standard library only, and names no class of the package.
 """
 
 from __future__ import annotations

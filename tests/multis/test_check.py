@@ -138,7 +138,6 @@ def test_every_seed_example_would_be_accepted() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "Question: What is it?\nAnswer: A dog.\nQuestion: Where?\nAnswer: On grass,\nnear a tree.",
         "Here you are:\r\n\r\nQ: What is it?\r\nA: A dog.\r\nQ: Where?\r\nA: On grass,\r\nnear a tree.\r\n",
         "1. Question: What is it?\n   Answer: A dog.\n2. Question: Where?\n   Answer: On grass,\nnear a tree.",
         "**Question 1:** What is it?\n**Answer:** A dog.\n**Question 2:** Where?\n**Answer:** On grass,\nnear a tree.",

@@ -34,7 +34,6 @@ from tests.models.building import answers, prompt, reply, tiny
 COMMAND = os.environ.get("CHATBRIDGE_VLLM", "")
 pytestmark = pytest.mark.skipif(not COMMAND, reason="make test-vllm has an environment with vLLM")
 ANSWERS = 200
-START_SECONDS = 600.0
 SERVE = "--served-model-name tiny --dtype float32 --max-model-len 512 --max-num-seqs 16 --max-num-batched-tokens 512"
 OPTIONS = f"{SERVE} --enforce-eager --enable-prompt-embeds --generation-config vllm"
 
@@ -60,7 +59,7 @@ class Vllm:
         self.process = subprocess.Popen(
             words, env=environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        end = time.monotonic() + START_SECONDS
+        end = time.monotonic() + 600
         while time.monotonic() < end:
             assert self.process.poll() is None, f"vLLM has ended, see {self._log.name}"
             try:

@@ -1,7 +1,7 @@
 """Requests of lmms-eval in ChatBridge's terms: messages with their media, and how answers are decoded.
 
-lmms-eval passes media as its data sets hold them: paths, bytes, Pillow images, arrays, dictionaries of the ``datasets``
-library. This module finds each one's modality; it does not import lmms-eval.
+lmms-eval passes media in the form of its data sets: paths, bytes, Pillow images, arrays, dictionaries of the
+``datasets`` library. This module finds each one's modality; it does not import lmms-eval.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def medium_of(given: Any, modality: str = "", more: Mapping[str, Any] | None = N
 
 
 def decoding(kwargs: Mapping[str, Any]) -> Sampling:
-    """A task's ``generation_kwargs``; keys that ChatBridge does not know are left out."""
+    """A task's ``generation_kwargs``; other keys are left out."""
     temperature = float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample", True) else 0.0
     until = kwargs.get("until") or ()
     return Sampling(
