@@ -150,11 +150,11 @@ class Answering:
             if room < sampling.max_new_tokens:
                 log.warning("answers end after %d tokens, at the language model's last position", room)
             limit = int(min(room, sampling.max_new_tokens))
+            parts = elements, dict(own.values()), self.llama_tokenizer
             for _ in range(sampling.num_return_sequences):
                 changes = {"max_new_tokens": limit, "seed": None if seed is None else seed + len(replies)}
                 how = sampling.model_copy(update=changes)
-                tokenizer, end_ids = self.llama_tokenizer, self.template.end_ids
-                replies.append(Generation(elements, dict(own.values()), tokenizer, how, stops, end_ids))
+                replies.append(Generation(*parts, how, stops, self.template.end_ids))
         return replies
 
 

@@ -281,11 +281,8 @@ class Generation:
         """Seconds from the start to the first token."""
         self.cancelled = False
         self.started = time.monotonic()
-        self._random = torch.Generator()
-        if sampling.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(sampling.seed)
+        seed = torch.Generator().seed() if sampling.seed is None else sampling.seed
+        self._random = torch.Generator().manual_seed(seed)
 
     @property
     def done(self) -> bool:

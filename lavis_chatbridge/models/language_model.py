@@ -38,18 +38,17 @@ def load_language_model(settings: LanguageModelSettings) -> tuple[LanguageModel,
     from transformers import GenerationConfig
 
     check_available(settings)
-    where = "model.language_model"
-    folder = None if settings.weights is None else hub.find(settings.weights, f"{where}.weights", "language_model")
-    named = settings.tokenizer or settings.weights
-    tokenizer = load_tokenizer(hub.find(named or (), f"{where}.tokenizer", "tokenizer"))
+    weights, named = settings.weights, settings.tokenizer or settings.weights
+    folder = None if weights is None else hub.find(weights, "model.language_model.weights", "language_model")
+    tokenizer = load_tokenizer(hub.find(named or (), "model.language_model.tokenizer", "tokenizer"))
     if settings.engine is not None and folder is not None:
         return load_remote(settings.engine, folder, tokenizer, torch_dtype(settings.dtype)), tokenizer
-    model = _random(settings) if folder is None else _pretrained(folder, settings)
+    model: Any = _random(settings) if folder is None else _pretrained(folder, settings)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise CheckpointError(
             f"the tokenizer of {named} has {len(tokenizer)} tokens, but the language model of "
-            f"{settings.weights or 'the configuration'} embeds {rows}: they are of different models"
+            f"{weights or 'the configuration'} embeds {rows}: they are of different models"
         )
     # ignore the folder's own generation settings: only the caller's arguments apply
     model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_id, pad_token_id=tokenizer.pad_id)

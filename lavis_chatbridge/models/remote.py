@@ -38,7 +38,6 @@ KEY = "CHATBRIDGE_ENGINE_KEY"
 _TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")  # ends of names
 _WAITS = (0.25, 0.5, 1.0)  # seconds before further attempts
 _BUSY = (429, 502, 503, 504)  # also a load balancer's answers while a server restarts
-_CONCURRENT = 16
 _PROBE = "The colour of the picture"
 _HINT = "start it with 'vllm serve FOLDER --enable-prompt-embeds'"
 
@@ -59,7 +58,7 @@ class Client:
         self._model: str | None = None
 
     def connect(self, tokenizer: Tokenizer, width: int) -> int | None:
-        """Check that the server accepts embeddings of width ``D``; returns its context length in tokens."""
+        """Check the server's tokenizer and that it accepts embeddings of width ``D``; returns its context length."""
         try:
             response = self._http.get(f"{self.url}/models")
             if response.status_code in (401, 403):
@@ -70,7 +69,14 @@ class Client:
             raise EngineError(f"no engine answers at {self.url} ({error}): {_HINT}") from error
         except (ValueError, KeyError, IndexError, TypeError):
             raise EngineError(f"{self.url} is not the address of a vLLM server, as http://HOST:PORT/v1") from None
-        self._check_tokens(tokenizer)
+        body = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
+        with suppress(httpx.TransportError, ValueError, KeyError, TypeError):  # some servers have no tokenizer
+            found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=body).json()["tokens"]
+            if found != tokenizer.encode(_PROBE):
+                raise EngineError(
+                    f"the engine at {self.url} serves {self._model}, whose tokenizer gives other ids than "
+                    "model.language_model: use the same folder for both"
+                )
         list(self.tokens(torch.zeros(1, width), Sampling(max_new_tokens=1), (), ()))
         log.info("the language model %s runs at %s", self._model, self.url)
         return most
@@ -117,19 +123,6 @@ class Client:
                 if wait is None:
                     raise EngineError(f"no engine answers at {self.url}: {error}") from error
                 time.sleep(wait)
-
-    def _check_tokens(self, tokenizer: Tokenizer) -> None:
-        """Compare the server's tokenizer with ours, if the server offers one."""
-        body = {"model": self._model, "prompt": _PROBE, "add_special_tokens": False}
-        try:
-            found = self._http.post(f"{self.url.removesuffix('/v1')}/tokenize", json=body).json()["tokens"]
-        except (httpx.TransportError, ValueError, KeyError, TypeError):
-            return
-        if found != tokenizer.encode(_PROBE):
-            raise EngineError(
-                f"the engine at {self.url} serves {self._model}, whose tokenizer gives other ids than "
-                "model.language_model: use the same folder for both"
-            )
 
     def _refuse(self, response: httpx.Response) -> NoReturn:
         """Raise an error with the server's message, or how to mend its cause."""
@@ -190,7 +183,7 @@ class RemoteLanguageModel(LanguageModel):
         yield generation.end("stop")
 
     def complete(self, generations: Sequence[Generation]) -> None:
-        with ThreadPoolExecutor(_CONCURRENT) as pool:
+        with ThreadPoolExecutor(16) as pool:
             list(pool.map(lambda generation: list(self.run(generation)), generations))
 
 

@@ -136,7 +136,7 @@ class TokenizerTemplate(Template):
         longest_first = sorted(tokenizer.special | tokenizer.added, key=len, reverse=True)
         token = next((word for word in longest_first if closing.startswith(word)), "")
         self._end = token or closing
-        self._added_end = "" if self._end else tokenizer.eos_token
+        self._added_end = "" if closing else tokenizer.eos_token
         self.stops = (closing,) if closing and not token else ()
         self.end_ids |= frozenset(tokenizer.encode_marked(token)[:1])
         self._find_markers(self._fixed(3, True)[1:])
@@ -144,10 +144,9 @@ class TokenizerTemplate(Template):
         self._forgets = "thought" not in self._shown("assistant", "<think>\nthought\n</think>\n\nx")
         system = self._broken(system)
         if system and self._takes_system(system):
-            self._system, self._first = system, ""
-        else:  # the system prompt goes into the first user message
-            self._first = f"{system}\n\n" if system else ""
-        self._known.clear()
+            self._system = system
+            self._known.clear()
+        self._first = f"{system}\n\n" if system and not self._system else ""  # before the first user message
 
     def prompt(self, messages: Sequence[Message], generate: bool = False, reply_end: str | None = None) -> list[Piece]:
         check_order(messages, generate)

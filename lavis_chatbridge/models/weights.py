@@ -18,7 +18,6 @@ from lavis_chatbridge.models.settings import ModelSettings, Weights
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 _BEATS = "https://github.com/microsoft/unilm/tree/master/beats"
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-ModelType = Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")]
 CfgPath = Annotated[str | None, typer.Option("--cfg-path", metavar="YAML", help="A configuration file.")]
 
 
@@ -94,7 +93,7 @@ def described(need: Need) -> tuple[hub.Found, str]:
 
 @app.command("list")
 def list_command(
-    model_type: ModelType = None,
+    model_type: Annotated[str | None, typer.Option("--model-type", help="A shipped model type.")] = None,
     cfg_path: CfgPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
