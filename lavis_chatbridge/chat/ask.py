@@ -1,4 +1,4 @@
-"""``chatbridge ask``: one question from a script, or a file of them. It knows conversations and engines, no models."""
+"""``chatbridge ask``: one question from a script, or a file of them. It uses an `Engine`, never a model."""
 
 from __future__ import annotations
 

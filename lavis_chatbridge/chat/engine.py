@@ -1,7 +1,7 @@
 """The one engine: answers conversations, several at once, with the language model here or on a vLLM server.
 
 Worker threads read conversations. One thread then runs a local language model, where every reply joins the others at
-the next token; a remote one gets each prompt's embeddings in a request. The engine knows no user interface and no HTTP.
+the next token; a remote one gets each prompt's embeddings in a request. The engine has no user interface and no HTTP.
 """
 
 from __future__ import annotations
@@ -255,13 +255,13 @@ class Engine:
         room = self.max_context - len(prompt.elements)
         if room <= 0:
             raise PromptError(
-                f"this message alone has {len(prompt.elements)} tokens, but the context holds {self.max_context} with "
+                f"this message alone has {len(prompt.elements)} tokens, but the context has {self.max_context} with "
                 "the answer: shorten the text or give fewer media"
             )
         sampling = sampling.model_copy(update={"max_new_tokens": min(sampling.max_new_tokens, room)})
         stops = prompt.template.stops if isinstance(asked, Conversation) else ()
-        ends = stops, prompt.template.end_ids
-        generation = Generation(prompt.elements, prompt.soft, self.tokenizer, sampling, *ends, Prefix())
+        end_ids = prompt.template.end_ids
+        generation = Generation(prompt.elements, prompt.soft, self.tokenizer, sampling, stops, end_ids, Prefix())
         generation.started = reply.started
         reply.generation = generation
         if reply.cancelled:  # before it had a generation to cancel
@@ -297,7 +297,7 @@ class Engine:
                 for reply in active:
                     self._send(reply, texts.get(id(reply.generation), ""))
             except Exception as error:
-                log.exception("generation failed; %d replies are lost", len(active))
+                log.exception("generation failed; %d replies end", len(active))
                 self._decoder = Decoder(self.model.llama_model)
                 for reply in active:
                     reply.fail(error)
@@ -307,11 +307,11 @@ class Engine:
         """Let the model read a prompt, beyond what is kept of its conversation; whether its reply is incomplete."""
         generation = reply.generation
         assert generation is not None
-        shared = [prefix.common(generation.elements) for prefix in self._prefixes]
-        best = max(range(len(shared)), key=shared.__getitem__, default=None)
-        if best is not None and shared[best] >= max(1, _LEAST_SHARE * len(self._prefixes[best].elements)):
-            generation.prefix = self._prefixes.pop(best)
         try:
+            shared = [prefix.common(generation.elements) for prefix in self._prefixes]
+            best = max(range(len(shared)), key=shared.__getitem__, default=None)
+            if best is not None and shared[best] >= max(1, _LEAST_SHARE * len(self._prefixes[best].elements)):
+                generation.prefix = self._prefixes.pop(best)
             self._send(reply, self._decoder.add(generation))
         except Exception as error:
             if not isinstance(error, ChatBridgeError):

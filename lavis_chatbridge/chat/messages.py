@@ -213,12 +213,12 @@ def _read_part(part: Any, where: str) -> str | _Part:
         return part["text"]
     if not isinstance(form, str) or form not in _MODALITIES:
         raise DataError(f"{where}.type is {form!r:.60}, expected one of {', '.join(('text', *_MODALITIES))}")
-    held = part.get(form, part.get("image_url" if form == "input_image" else "input_audio"))
-    if isinstance(held, Mapping):
-        held = held.get("url", held.get("data"))
-    urls = held if isinstance(held, list) else [held]
+    given = part.get(form, part.get("image_url" if form == "input_image" else "input_audio"))
+    if isinstance(given, Mapping):
+        given = given.get("url", given.get("data"))
+    urls = given if isinstance(given, list) else [given]
     if not urls or not all(isinstance(url, str) and url for url in urls):
-        raise DataError(f"{where}.{form} is {held!r:.60}, expected a URL")
+        raise DataError(f"{where}.{form} is {given!r:.60}, expected a URL")
     if urls[0].startswith(_FRAMES):
         urls = [f"data:image/jpeg;base64,{frame}" for frame in urls[0].removeprefix(_FRAMES).split(",")]
     if form == "input_audio" and urls[0][:5].lower() != "data:":

@@ -36,7 +36,7 @@ _ERROR, _NOTE = "Not answered", "The model got"
 
 
 class Page:
-    """The actions of the page's parts; ``knows`` is a sentence on what the model knows, if it knows the examples."""
+    """The actions of the page's parts; ``knows`` describes what the model has learnt, if it learnt the examples."""
 
     def __init__(self, engine: Engine, title: str, knows: str = "") -> None:
         self.engine, self.title, self.knows = engine, title, knows
@@ -135,9 +135,9 @@ def _parts(message: dict[str, Any]) -> list[str | dict[str, Any]]:
     content = message["content"]
     result: list[str | dict[str, Any]] = []
     for part in content if isinstance(content, list) else [content]:
-        held = part if isinstance(part, str) else part.get("file", part if "path" in part else part.get("text", ""))
-        if held:
-            result.append(held)
+        found = part if isinstance(part, str) else part.get("file", part if "path" in part else part.get("text", ""))
+        if found:
+            result.append(found)
     return result
 
 

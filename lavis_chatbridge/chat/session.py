@@ -207,7 +207,7 @@ class Session:
 
     @contextmanager
     def _settled(self) -> Iterator[Conversation]:
-        """Hold the conversation once no answer is being generated."""
+        """The conversation, locked, once no answer is being generated."""
         with self._lock:
             self._take()
             yield self._conversation
@@ -273,7 +273,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"torch knows no device {name!r}: use cpu, cuda or cuda:N") from error
+        raise ConfigError(f"torch has no device {name!r}: use cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device {name}: torch finds {torch.cuda.device_count()} CUDA devices here")
     return device

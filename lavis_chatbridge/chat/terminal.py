@@ -1,4 +1,4 @@
-"""``chatbridge chat``: a conversation in the terminal. It knows sessions, no models."""
+"""``chatbridge chat``: a conversation in the terminal. It uses a `Session`, never a model."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from lavis_chatbridge.config import Settings
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1000)]
 """A number of beams or replies; limited, because each has its own keys and values."""
 Penalty: TypeAlias = Annotated[float, Field(ge=-100, le=100)]
-Seed: TypeAlias = Annotated[int, Field(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Sampling(Settings):
@@ -41,7 +40,7 @@ class Sampling(Settings):
     """A beam's score is divided by its length to this power."""
     num_return_sequences: Count = 1
     """Number of replies to each prompt."""
-    seed: Seed | None = None
+    seed: int | None = Field(default=None, ge=-(1 << 63), le=(1 << 63) - 1)
     """The same seed samples the same reply; null samples a new one each time."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply, in addition to the template's; the reply does not include them."""

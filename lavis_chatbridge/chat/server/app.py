@@ -1,7 +1,7 @@
 """The HTTP side: ``/v1/chat/completions``, ``/v1/completions``, ``/v1/models``, ``/health`` and ``/metrics``.
 
 Every fault of a request becomes an answer in OpenAI's form and a line in the log; no message names a path of the
-server. This module knows requests and the engine, no model.
+server. This module uses requests and the engine, never a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Requests in OpenAI's form become conversations and samplings, and replies OpenAI's JSON. It knows no HTTP."""
+"""Requests in OpenAI's form become conversations and samplings, and replies OpenAI's JSON. It does no HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lavis_chatbridge.chat.engine import Answer, Event, QueueFullError
 from lavis_chatbridge.chat.messages import Access, read_messages
 from lavis_chatbridge.errors import ConfigError, DataError, EngineError, MediaError, PromptError
 from lavis_chatbridge.models.decoding import TokenLogprob
-from lavis_chatbridge.models.sampling import Sampling, Seed
+from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.models.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Body(BaseModel):
     repetition_penalty: float | None = Field(1.0, ge=0.01, le=100)
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
-    seed: Seed | None = None
+    seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
     stop: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=16), BeforeValidator(_texts)] = []
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = False
