@@ -310,7 +310,12 @@ class Generation:
         if own.temperature == 0 and own.logprobs is None and not penalised and not too_short:
             return int(logits.argmax())
         raw = logits.float().cpu()
-        logits = self._penalised(raw)
+        counts = torch.bincount(torch.tensor(self.ids, dtype=torch.long), minlength=len(raw))
+        seen = counts > 0
+        scaled = torch.where(raw > 0, raw / own.repetition_penalty, raw * own.repetition_penalty)
+        logits = torch.where(seen, scaled, raw) - own.presence_penalty * seen - own.frequency_penalty * counts
+        if too_short and self.end_ids:
+            logits[sorted(i for i in self.end_ids if i < len(logits))] = -math.inf
         token = int(logits.argmax()) if own.temperature == 0 else self._sampled(logits / max(own.temperature, 1e-6))
         if own.logprobs is not None:
             values = raw.log_softmax(-1)
@@ -335,16 +340,6 @@ class Generation:
         """Complete the reply; returns the rest of its text."""
         self.finish = self.finish or finish
         return self.stream.finish()
-
-    def _penalised(self, logits: Tensor) -> Tensor:
-        own = self.sampling
-        counts = torch.bincount(torch.tensor(self.ids, dtype=torch.long), minlength=len(logits))
-        seen = counts > 0
-        scaled = torch.where(logits > 0, logits / own.repetition_penalty, logits * own.repetition_penalty)
-        logits = torch.where(seen, scaled, logits) - own.presence_penalty * seen - own.frequency_penalty * counts
-        if len(self.ids) < own.min_new_tokens and self.end_ids:
-            logits[sorted(i for i in self.end_ids if i < len(logits))] = -math.inf
-        return logits
 
     def _sampled(self, logits: Tensor) -> int:
         own = self.sampling
@@ -407,16 +402,12 @@ class TextStream:
         if found:
             offset, self.stopped = min(found)
             whole = whole[:offset]
-        elif not final:
-            whole = whole[: len(whole) - max((_overlap(whole, stop) for stop in self.stops), default=0)]
+        elif not final:  # the end of the text may be the beginning of a stop text
+            begun = [n for stop in self.stops for n in range(1, len(stop)) if whole.endswith(stop[:n])]
+            whole = whole[: len(whole) - max(begun, default=0)]
         new = whole.rstrip()[len(self.text) :]
         self.text += new
         return new
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Number of characters at the end of ``text`` that may be the beginning of ``stop``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def beam_search(model: LanguageModel, rows: Sequence[Generation]) -> Texts:

@@ -125,21 +125,12 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
             f"the name of {folder} suggests delta weights, differences to a LLaMA: add them to that LLaMA "
             "(python3 -m fastchat.model.apply_delta), and use the result"
         )
-    device_map: Any = settings.device_map
-    if device_map is None and settings.quantization is not None:  # quantised layers are loaded onto their device
-        device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    dtype = torch_dtype(settings.dtype)
-    if settings.quantization == "8bit" and dtype == torch.float16 and not torch.cuda.is_available():
-        dtype = torch.float32  # on a CPU, LLM.int8 overwrites its fp16 inputs, which backward needs
+    options: dict[str, Any] = {"dtype": torch_dtype(settings.dtype), "device_map": settings.device_map}
+    if settings.quantization is not None:
+        options |= _quantised(settings)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            device_map=device_map,
-            **_quantised(settings),
+            str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except Exception as error:  # safetensors raises subclasses of Exception itself
         raise CheckpointError(
@@ -161,18 +152,21 @@ def _pretrained(folder: Path, settings: LanguageModelSettings) -> Any:
 
 
 def _quantised(settings: LanguageModelSettings) -> dict[str, Any]:
-    """Arguments that make transformers quantise layers at loading."""
-    if settings.quantization is None:
-        return {}
+    """Arguments that make transformers quantise layers when it loads them onto their device."""
     from transformers import BitsAndBytesConfig
 
-    # silence a warning at every matmul: LLM.int8 always rounds inputs to fp16
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    bits: dict[str, Any] = {"load_in_8bit": True}
+    dtype, gpu = torch_dtype(settings.dtype), torch.cuda.is_available()
     if settings.quantization == "4bit":
         bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        bits["bnb_4bit_compute_dtype"] = torch_dtype(settings.dtype)
-    return {"quantization_config": BitsAndBytesConfig(**bits)}
+        config = BitsAndBytesConfig(**bits, bnb_4bit_compute_dtype=dtype)
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+        # silence a warning at every matmul: LLM.int8 always rounds inputs to fp16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        if dtype == torch.float16 and not gpu:
+            dtype = torch.float32  # on a CPU, LLM.int8 overwrites its fp16 inputs, which backward needs
+    device_map = settings.device_map or {"": torch.cuda.current_device() if gpu else "cpu"}
+    return {"quantization_config": config, "dtype": dtype, "device_map": device_map}
 
 
 def _random(settings: LanguageModelSettings) -> Any:

@@ -142,9 +142,10 @@ class TokenizerTemplate(Template):
         self._find_markers(self._fixed(3, True)[1:])
         self._trims = {role: "  x  " not in self._shown(role, "  x  ") for role in ("user", "assistant")}
         self._forgets = "thought" not in self._shown("assistant", "<think>\nthought\n</think>\n\nx")
-        system = self._broken(system)
-        if system and self._takes_system(system):
-            self._system = system
+        if system := self._broken(system):
+            turns = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
+            with suppress(ConfigError):
+                self._system = system if system in tokenizer.render(turns, True) else ""
             self._known.clear()
         self._first = f"{system}\n\n" if system and not self._system else ""  # before the first user message
 
@@ -198,12 +199,6 @@ class TokenizerTemplate(Template):
         """A rendered conversation; the first message of ``role`` has this content."""
         turns = [{"role": r, "content": content if r == role else "y"} for r in ("user", "assistant")]
         return self.tokenizer.render([*turns, {"role": "user", "content": "z"}], True)
-
-    def _takes_system(self, system: str) -> bool:
-        turns = [{"role": "system", "content": system}, {"role": "user", "content": "x"}]
-        with suppress(ConfigError):
-            return system in self.tokenizer.render(turns, True)
-        return False
 
     def _content(self, message: Message) -> str:
         """A message's text as the template renders it, without role markers."""
