@@ -44,7 +44,7 @@ class Sampling(Settings):
     """The same seed samples the same reply; null samples a new one each time."""
     stop: tuple[str, ...] = ()
     """Texts that end a reply, in addition to the template's; the reply does not include them."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """Token ids that end a reply, in addition to the template's."""
     ignore_eos: bool = False
     """Continue after the language model's end token and the template's end mark."""

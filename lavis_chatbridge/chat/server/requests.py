@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from lavis_chatbridge.chat.conversation import ChatMessage, Conversation
 from lavis_chatbridge.chat.engine import Answer, Event, QueueFullError
@@ -87,7 +87,7 @@ class Body(BaseModel):
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
     stop: Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=16), BeforeValidator(_texts)] = []
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[NonNegativeInt] | None = None
     ignore_eos: bool | None = False
 
     @property

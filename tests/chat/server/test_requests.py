@@ -32,7 +32,7 @@ def chat(**fields: Any) -> ChatRequest:
         ({"temperature": float("nan")}, "invalid_value", "temperature", "finite number"),
         ({"seed": True}, "invalid_value", "seed", "valid integer, found true"),
         ({"seed": 1 << 63}, "invalid_value", "seed", "less than or equal to 9223372036854775807"),
-        ({"seed": -(1 << 64)}, "invalid_value", "seed", "greater than or equal to -9223372036854775808"),
+        ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]", "greater than or equal to 0, found -1"),
         ({"stop": ["a", 3]}, "invalid_value", "stop[1]", "valid string"),
         ({"tools": [{"type": "x"}]}, "unsupported_parameter", "tools", '[{"type": "x"}] is not supported'),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format", "json_object"),
