@@ -88,7 +88,7 @@ def _run(words: Sequence[str]) -> int | None:
         rich_markup_mode=None,
         result_callback=_exit,
     )
-    app.callback()(_version)
+    app.callback(invoke_without_command=True)(_version)
     try:
         for entry in COMMANDS:
             if words[:1] != [entry.name]:  # not requested: its import may take seconds
@@ -114,18 +114,11 @@ def _exit(status: Any, **options: Any) -> None:
         raise typer.Exit(status)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Options of ``chatbridge`` itself."""
+    if version:
         typer.echo(f"chatbridge {__version__}")
         raise typer.Exit
-
-
-def _version(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
-    ] = False,
-) -> None:
-    """Options of ``chatbridge`` itself."""
 
 
 def spread(words: Sequence[str]) -> list[str]:

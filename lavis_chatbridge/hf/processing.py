@@ -28,7 +28,7 @@ from lavis_chatbridge.models.decoding import TextStream
 from lavis_chatbridge.models.layout import PADDING, SOFT, lay_out
 from lavis_chatbridge.models.settings import ModelSettings
 from lavis_chatbridge.models.templates import load_template
-from lavis_chatbridge.models.tokenizer import load_tokenizer
+from lavis_chatbridge.models.tokenizer import Tokenizer, load_tokenizer
 from lavis_chatbridge.processors import load_processors
 from lavis_chatbridge.processors.audio import is_silent
 from lavis_chatbridge.prompting.conversation import MODALITIES, Message, Modality, Piece, Slot
@@ -254,7 +254,7 @@ class ChatBridgeCollator:
         return dict(self.processor.features([sample["messages"] for sample in samples], generate=False))
 
 
-def _tokenizer(folder: Path, codec: Any) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, codec: Tokenizer) -> PreTrainedTokenizerBase:
     """transformers' tokenizer of a folder, from ``tokenizer.json`` alone if that file exists."""
     file = folder / "tokenizer.json"
     if not file.is_file():

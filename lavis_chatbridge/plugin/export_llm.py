@@ -6,13 +6,16 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.plugin.launch import Options
+
+if TYPE_CHECKING:
+    from lavis_chatbridge.models.chatbridge import ChatBridge
 
 
 def command(
@@ -30,11 +33,12 @@ def command(
     print(f"{out}: AutoModelForCausalLM.from_pretrained loads it; vllm serve {out} --enable-prompt-embeds serves it")
 
 
-def export(model: Any, out: Path) -> None:
+def export(model: ChatBridge, out: Path) -> None:
     """Write a ChatBridge's language model and tokenizer to a new folder; its adapters are merged in place."""
     from lavis_chatbridge.models import lora
 
-    llm, settings = model.llama_model, model.settings.language_model
+    llm: Any = model.llama_model
+    settings = model.settings.language_model
     if not hasattr(llm, "save_pretrained") or settings.quantization is not None:
         raise ConfigError("a quantised or remote language model is not exported: set quantization and engine to null")
     lora.merge(llm)
