@@ -317,6 +317,7 @@ class Engine:
             if not isinstance(error, ChatBridgeError):
                 log.exception("a prompt could not be read")
             reply.fail(error)
+            generation.cancel()  # the decoder may have it already
         return not reply.done
 
     def _send(self, reply: Reply, text: str) -> None:

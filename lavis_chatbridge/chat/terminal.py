@@ -241,10 +241,11 @@ def _found(word: str) -> list[str]:
 def _split(line: str) -> tuple[str, list[str]]:
     """A question, and the files whose paths were typed or dropped into it (with quotes or backslashes, as a shell).
 
-    A line that is only a folder's path counts as a file: attaching it raises a clear error.
+    A line that is only a folder's path (with a slash) counts as a file: attaching it raises a clear error.
     """
     files, text = [], line
-    if os.path.isdir(_path(whole := re.sub(r"\\(.)", r"\1", line.strip("'\"")))):
+    whole = re.sub(r"\\(.)", r"\1", line.strip("'\""))
+    if "/" in whole and os.path.isdir(_path(whole)):
         return "", [whole]
     for match in re.finditer(r"'[^'\n]+'|\"[^\"\n]+\"|(?:\\.|[^\s'\"\\])+", line):
         word = match.group()

@@ -89,6 +89,16 @@ def test_one_of_several_answers_can_be_cancelled(model: Any, monkeypatch: pytest
     assert engine.reply(Conversation().asking("Question 2?"), Sampling(max_new_tokens=9)).answer.tokens == 9
 
 
+def test_a_reply_that_fails_leaves_the_batch(model: Any, monkeypatch: pytest.MonkeyPatch):
+    engine = building.engine(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_send", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.reply(Conversation().asking("Hi."), ENDLESS).answer  # noqa: B018
+    assert engine.reply(Conversation().asking("Hi."), Sampling(max_new_tokens=5)).answer.tokens == 5
+    assert len(engine._decoder) == 0
+
+
 def test_a_full_engine_refuses_and_an_unused_one_is_collected(model: Any):
     engine = building.engine(model, batch=1, waiting=1)
     replies = [engine.reply(Conversation().asking("Hi."), ENDLESS) for _ in range(2)]

@@ -68,11 +68,12 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
         "/edit": "/edit needs TEXT",
         "/load absent.json": "absent.json: cannot be read",
     }
-    shown = typed(opened, *mistakes, f"/video {files}/d.mp4", "what is it?", "what is heard?", "/history")
+    shown = typed(opened, *mistakes, f"/video {files}/d.mp4", "what is it?", ".", "what is heard?", "/history")
     assert "warning: d.mp4's sound track: the video has no audio track" in shown
     assert shown.count("error: ") == len(mistakes)
     for message in mistakes.values():
         assert message in shown
+    assert "you> . " in shown.replace("\n", " ")  # the name of a folder may be a question
     assert "you> what is heard?" in shown
     assert str(files) not in shown.rpartition("you>")[2]
 
