@@ -2,7 +2,7 @@
 
 A `Decoder` extends any number of `Generation` by one token per step; replies may be added and end while others
 continue. The key-value cache of a conversation is kept in a `Prefix`, so that its next prompt is read from where it
-differs. Beam search is transformers' own. This module knows embeddings and token ids, no conversation and no files.
+differs. Beam search is transformers' own. This module handles embeddings and token ids, no conversation and no files.
 
 Shapes: ``B`` rows, ``L`` positions, ``N`` new positions, ``Q`` soft tokens, ``D`` width, ``V`` vocabulary.
 """

@@ -1,6 +1,6 @@
 """Loads the frozen language model and its tokenizer from a folder, offline: any causal one of transformers that fits.
 
-This module knows embeddings and token ids, no media and no conversation format.
+This module handles embeddings and token ids, no media and no conversation format.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The language model on a vLLM server: receives prompts as embeddings and streams tokens back.
 
 Only its embedding table, configuration and tokenizer are loaded in this process. Start the server with
-``vllm serve FOLDER --enable-prompt-embeds`` (docs/server.md). This module knows no media and no conversation.
+``vllm serve FOLDER --enable-prompt-embeds`` (docs/server.md). This module handles no media and no conversation.
 
 Shapes: ``N`` positions of a prompt, ``D`` width of the language model, ``V`` vocabulary.
 """

@@ -221,5 +221,4 @@ def _read_torch(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: BaseException) -> str:
-    cause = one_line(error, 200)
-    return f"{path} cannot be read ({cause}): it is damaged or not a weight file, download it again"
+    return f"{path} cannot be read ({one_line(error, 200)}): it is damaged or not a weight file, download it again"

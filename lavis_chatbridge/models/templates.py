@@ -2,7 +2,7 @@
 
 ``model.template`` names one of three: ``human_assistant`` (the paper's), ``vicuna_v1`` (Vicuna 1.1 and 1.5) and
 ``tokenizer`` (the chat template in the tokenizer's own files). Role markers in a message's text are split with a
-blank, so that a text cannot start or end a turn. This module knows tokenizers, but no language model.
+blank, so that a text cannot start or end a turn. This module uses tokenizers, but no language model.
 """
 
 from __future__ import annotations

@@ -62,8 +62,7 @@ def build_vision(settings: VisionSettings) -> TimmVision:
     dtype = torch_dtype(settings.dtype)
     if path is not None:
         file = state_dicts.read(path)
-        heads = model.pretrained_cfg.get("classifier") or ()
-        head = tuple(f"{part}." for part in ([heads] if isinstance(heads, str) else heads))
+        head = tuple(f"{name}." for name in hub.as_list(model.pretrained_cfg.get("classifier") or ()))
         tensors = {name: tensor for name, tensor in file.tensors.items() if not name.startswith(head)}
         state_dicts.load_exactly(model, tensors, file.path, "model.vision", dtype)
     return TimmVision(model.to(dtype), settings)
