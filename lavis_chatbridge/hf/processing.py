@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase, PreTrainedTokenizerFast, ProcessorMixin
 
 from lavis_chatbridge import hub
-from lavis_chatbridge.errors import ConfigError, MediaError, PromptError
+from lavis_chatbridge.errors import ConfigError, MediaError, PromptError, one_line
 from lavis_chatbridge.hf.configuration import CONFIG, ChatBridgeConfig
 from lavis_chatbridge.hf.modeling import PIXELS
 from lavis_chatbridge.media import has_audio_track
@@ -201,7 +201,7 @@ class ChatBridgeProcessor(ProcessorMixin):
                 try:
                     source = httpx.get(source, follow_redirects=True, timeout=60.0).raise_for_status().content
                 except httpx.HTTPError as error:
-                    raise MediaError(source, error) from error
+                    raise MediaError(source, one_line(error)) from error
             loaded.append((modality, self.processors[modality]["eval"](source)))
             if modality == "video" and hear:
                 with suppress(MediaError):

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.chat import Session
-from lavis_chatbridge.errors import CheckpointError, ConfigError, PromptError
+from lavis_chatbridge.errors import CheckpointError, ConfigError, MediaError, PromptError
 from lavis_chatbridge.hf import (
     ChatBridgeCollator,
     ChatBridgeConfig,
@@ -213,6 +213,8 @@ def test_a_pushed_model_loads_by_its_hub_id(tmp_path: Path, model, talk, monkeyp
         assert (tmp_path / "hub" / "org" / "bridge" / "README.md").is_file()
         again = ChatBridgeForConditionalGeneration.from_pretrained("org/bridge")
         reader = ChatBridgeProcessor.from_pretrained("org/bridge")
+        with pytest.raises(MediaError, match=r"^cannot read http\S+/none/none\.png: .*404[^\n]*$"):
+            reader(images=f"{server.url}/cdn/none/none.png")
     assert again.config.frozen["model.language_model.weights"]["source"] == ["frozen/language_model_weights"]
     assert same(model, again)
     assert answers(again, reader, talk) == answers(model, reader, talk)
