@@ -121,7 +121,6 @@ def test_beats_brings_its_own_sizes(tmp_path: Path) -> None:
     once = {n: t for n, t in held.state_dict().items() if "relative" not in n or ".layers.0." in n}
     torch.save({"cfg": cfg, "model": {**once, "predictor.weight": torch.ones(2)}}, tmp_path / "b.pt")
     beats: Any = build_audio(AudioSettings(weights=str(tmp_path / "b.pt")))
-    assert len(beats.encoder.layers) == 3
     assert same(beats, held.state_dict())
 
 
