@@ -45,7 +45,7 @@ class ChoiceTask(GenerationTask):
                 replaced(pieces, listed(options[n]), listed(orders[n]))
                 for n, pieces in zip(asked, batch["pieces"], strict=True)
             ]
-            generated = model.generate(batch, sampling=self.settings.sampling(self.seed))
+            generated = model.generate(batch, sampling=self.sampling)
             for n, reply in zip(asked, generated, strict=True):
                 position = chosen(reply, orders[n])
                 replies[n].append(reply)

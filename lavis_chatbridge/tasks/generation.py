@@ -44,6 +44,7 @@ class GenerationTask(ChatBridgeTask):
 
     def __init__(self, settings: EvaluationSettings | None = None, seed: int = 0) -> None:
         super().__init__(settings, seed)
+        self.sampling = self.settings.sampling(seed)
         self._answers: list[str] = []
         """The candidates of ``inference_method: rank``."""
         if (path := self.settings.answer_list) is not None:
@@ -104,7 +105,7 @@ class GenerationTask(ChatBridgeTask):
                 length_penalty=self.settings.length_penalty,
             )
         else:
-            texts = model.generate(samples, sampling=self.settings.sampling(self.seed))
+            texts = model.generate(samples, sampling=self.sampling)
         return [{"prediction": text} for text in texts]
 
     def after_evaluation(
@@ -145,7 +146,7 @@ class GenerationTask(ChatBridgeTask):
         how = self.settings.model_dump(include={"inference_method", "option_orders", "num_ans_candidates"})
         return {
             "task": type(self).__name__,
-            "decoding": self.settings.sampling(self.seed).model_dump() | how | {"answers": hash_of(self._answers)},
+            "decoding": self.sampling.model_dump() | how | {"answers": hash_of(self._answers)},
             **self.settings.model_dump(include=set(MediaSettings.model_fields)),
             "data": {s.name: {"samples": len(s), "sha256": data_hash(s.source)} for s in self.sources},
             "model": model_hash(model),
