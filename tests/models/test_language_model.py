@@ -40,6 +40,7 @@ def test_a_folder_is_loaded_frozen_in_its_precision_without_its_generation_setti
 def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     cut = shutil.copytree(folder, tmp_path / "cut")
+    delta = shutil.copytree(folder, tmp_path / "vicuna-7b-delta-v1.1")
     tensors = load_file(cut / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
@@ -49,6 +50,7 @@ def test_readable_refusals(folder: Path, tmp_path: Path) -> None:
         "does not contain a tokenizer": {"weights": str(tmp_path / "empty")},
         "cannot read a language model": {**own, "weights": str(tmp_path / "empty")},
         "1 tensors are missing": {"weights": str(cut)},
+        r"suggests delta weights.*add them to that LLaMA": {"weights": str(delta)},
         "but the language model of the configuration embeds 64": {**own, "config": {**SMALL_LLM, "vocab_size": 64}},
         "model.language_model.config": {**own, "config": {"model_type": "no-such-model"}},
     }.items():
