@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lavis_chatbridge.config import parse
+from lavis_chatbridge.tasks.ablation import EvaluationSource, EvaluationSplit
 from lavis_chatbridge.tasks.settings import EvaluationSettings
-from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 
 T = TypeVar("T")
 

@@ -18,11 +18,11 @@ from torch import nn
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of, read_json
 from lavis_chatbridge.prompting.conversation import Piece, Text, context_of
+from lavis_chatbridge.tasks.ablation import Source
 from lavis_chatbridge.tasks.base import ChatBridgeTask, gathered
 from lavis_chatbridge.tasks.predictions import Prediction, PredictionFiles
 from lavis_chatbridge.tasks.scoring import scores
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
-from lavis_chatbridge.tasks.splits import Source
 
 if TYPE_CHECKING:
     from lavis_chatbridge.models.answering import Answering

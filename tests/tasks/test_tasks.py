@@ -15,13 +15,13 @@ from lavis_chatbridge.errors import DataError, MediaError
 from lavis_chatbridge.prompting.conversation import Message, Slot, Text, alignment_prompt, chat_prompt
 from lavis_chatbridge.prompting.templates import listed, without_letters
 from lavis_chatbridge.schema import Medium, Sample
+from lavis_chatbridge.tasks.ablation import EvaluationSource, EvaluationSplit
 from lavis_chatbridge.tasks.base import ChatBridgeTask
 from lavis_chatbridge.tasks.choice import ChoiceTask, chosen
 from lavis_chatbridge.tasks.generation import GenerationTask, prompt_text
 from lavis_chatbridge.tasks.predictions import Prediction, read_predictions
 from lavis_chatbridge.tasks.scoring.scores import scored
 from lavis_chatbridge.tasks.settings import EvaluationSettings, MediaSettings
-from lavis_chatbridge.tasks.splits import EvaluationSource, EvaluationSplit
 
 COLOURS = ("red", "green", "blue")
 

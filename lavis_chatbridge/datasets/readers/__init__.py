@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lavis_chatbridge.datasets.readers import captions, options, own, questions, web
+from lavis_chatbridge.datasets.readers import captions, choices, own, questions, web
 from lavis_chatbridge.datasets.readers.common import Origin, Reader, with_unique_ids
 
 VERSION = 6
@@ -18,7 +18,7 @@ VERSION = 6
 _NAMES = {
     captions: "audiocaps clotho coco_annotations coco_karpathy msrvtt valor vatex wavcaps webvid",
     questions: "avsd gqa llava msrvtt_qa multis music_avqa visual_genome vqav2",
-    options: "av_odyssey avhbench avqa charades_ego daily_omni mmau mosi omnibench video_mme worldsense",
+    choices: "av_odyssey avhbench avqa charades_ego daily_omni mmau mosi omnibench video_mme worldsense",
     own: "huggingface messages",
     web: "pairs_json pairs_tsv webdataset",
 }
