@@ -16,7 +16,7 @@ import typer
 from lavis_chatbridge.chat.options import ModelOptions, TalkOptions, with_options
 from lavis_chatbridge.config import Settings, parse
 from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError
-from lavis_chatbridge.files import hash_of, hash_of_file, read_lines
+from lavis_chatbridge.files import hash_of, hash_of_file, locked, read_lines
 from lavis_chatbridge.models.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -94,29 +94,43 @@ def _answer_file(
 ) -> int:
     """Answer every line of a file; an interrupted run leaves its answers in a file beside ``target``, and resumes."""
     questions = list(read_questions(source, talk))
-    if faulty := [f"{name}: {asked}" for name, asked in questions if isinstance(asked, ChatBridgeError)]:
-        print(f"{source}: {len(faulty)} lines are not questions; first {faulty[0]}", file=sys.stderr)
+    if faulty := [str(asked) for _, asked in questions if isinstance(asked, ChatBridgeError)]:
+        print(f"{source}: {len(faulty)} of {len(questions)} lines are not questions; {faulty[0]}", file=sys.stderr)
+    if len(faulty) == len(questions):
+        raise DataError(f"{source} has no question")
     settings = [part.model_dump(exclude={"device"}) for part in (model, talk, sampling)]
-    part = target.with_name(f".{target.name}.{hash_of(hash_of_file(source), *settings)[:12]}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "a+b") as file:
-            file.seek(0)
-            done = [line for line in file if line.endswith(b"\n")]
-            file.truncate(sum(map(len, done)))  # without a line that an interruption cut off
-            if done:
-                print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
-            faults = sum("error" in json.loads(line) for line in done)
-            engine = model.open(batch=batch_size, keep=0)
-            for record in _answers(questions[len(done) :], engine, batch_size, sampling):
-                faults += "error" in record
-                file.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
-                file.flush()
-        os.replace(part, target)
+        _check_target(source, target)
+        part = target.with_name(f".{target.name}.{hash_of(hash_of_file(source), *settings)[:12]}.part")
+        with locked(target.absolute(), wait_seconds=0):
+            with open(part, "a+b") as file:
+                file.seek(0)
+                done = [line for line in file if line.endswith(b"\n")]
+                file.truncate(sum(map(len, done)))  # without a line that an interruption cut off
+                if done:
+                    print(f"{len(done)} of {len(questions)} answers are there already", file=sys.stderr)
+                faults = sum("error" in json.loads(line) for line in done)
+                engine = model.open(batch=batch_size, keep=0)
+                for record in _answers(questions[len(done) :], engine, batch_size, sampling):
+                    faults += "error" in record
+                    file.write(json.dumps(record, ensure_ascii=False).encode(errors="replace") + b"\n")
+                    file.flush()
+            os.replace(part, target)
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
     print(f"{target}: {len(questions) - faults} answers, {faults} lines without one", file=sys.stderr)
     return 1 if faults else 0
+
+
+def _check_target(source: Path, target: Path) -> None:
+    """Raise, before the model is loaded, if ``target`` cannot be the file of the answers to ``source``."""
+    if target.is_dir():
+        raise DataError(f"{target} is a folder: give the name of a file")
+    if target.exists() and target.samefile(source):
+        raise DataError(f"{target} has the questions: give the answers a file of their own")
+    for folder in target.parents:
+        if folder.exists() and not folder.is_dir():
+            raise DataError(f"{target}: {folder} is not a folder")
 
 
 def _answers(
@@ -158,10 +172,6 @@ class _Question(Settings):
     audios: tuple[str, ...] = ()
     messages: tuple[Any, ...] | None = None
 
-    def check(self) -> Iterator[str]:
-        if (self.text is None) == (self.messages is None):
-            yield "expected either 'text' (a question) or 'messages' (a conversation)"
-
 
 def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
     """The lines of a JSONL file, each with its id or number; docs/chat.md has the form of a line."""
@@ -176,9 +186,9 @@ def read_questions(path: Path, talk: TalkOptions) -> Iterator[Question]:
                 name = record["id"]
             asked = _conversation(parse(_Question, record, "question"), path.parent.absolute(), talk)
         except ChatBridgeError as error:
-            asked = error
+            asked = DataError(f"line {number}: {error}")
         except (ValueError, RecursionError) as error:
-            asked = DataError(f"not JSON in UTF-8: {error}")
+            asked = DataError(f"line {number}: not JSON in UTF-8: {error}")
         yield name, asked
 
 
@@ -187,6 +197,8 @@ def _conversation(line: _Question, folder: Path, talk: TalkOptions) -> Conversat
     from lavis_chatbridge.chat.conversation import Conversation
     from lavis_chatbridge.chat.messages import Access, read_messages
 
+    if (line.text is None) == (line.messages is None):
+        raise DataError("needs either 'text' (a question) or 'messages' (a conversation)")
     if line.messages is not None:
         return read_messages(line.messages, Access(own_folder=folder), talk.video_sound)
     listed = {key: [folder / file for file in getattr(line, key)] for key in ("images", "videos", "audios")}

@@ -80,7 +80,8 @@ class Answer:
 class Reply(Iterator[str]):
     """A reply that is being made: iterate over it for pieces of text as they become final.
 
-    ``deliver`` is called from the engine's threads with each `Event`; without it the reply itself keeps them.
+    ``deliver`` is called from the engine's threads with each `Event`; if it raises, the reply is cancelled. Without it
+    the reply itself keeps them.
     """
 
     def __init__(self, deliver: Callable[[Event], None] | None) -> None:
@@ -121,7 +122,7 @@ class Reply(Iterator[str]):
     def send(self, text: str) -> None:
         """Deliver text (by the engine), and the answer if the generation is complete."""
         if text:
-            self._deliver(text)
+            self._tell(text)
         generation, prompt = self.generation, self.prompt
         if generation is None or prompt is None or not generation.done:
             return
@@ -139,13 +140,21 @@ class Reply(Iterator[str]):
             logprobs=tuple(generation.logprobs),
         )
         self._result.set_result(answer)
-        self._deliver(answer)
+        self._tell(answer)
 
     def fail(self, error: Exception) -> None:
         """Deliver the fault that ends it (by the engine)."""
         if not self.done:
             self._result.set_exception(error)
-            self._deliver(error)
+            self._tell(error)
+
+    def _tell(self, event: Event) -> None:
+        """Deliver an event; a callback that raises ends only its own reply."""
+        try:
+            self._deliver(event)
+        except Exception:
+            log.exception("a reply is cancelled: its callback raised")
+            self.cancel()
 
 
 class Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lavis_chatbridge.config import Settings, parse
+from lavis_chatbridge.errors import ConfigError
 from lavis_chatbridge.models.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -89,12 +91,20 @@ def with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     def call(**values: Any) -> Any:
         for name, cls in groups.items():
             given = {field: values.pop(field) for field in _fields(cls) if field in values}
-            values[name] = parse(cls, given, "options")
+            try:
+                values[name] = parse(cls, given, "options")
+            except ConfigError as error:  # name the options as they are typed
+                raise ConfigError(re.sub(r"(^|; )options(\.\w+|: )", _typed, str(error))) from error
         return command(**values)
 
     call.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     call.__annotations__ = {option.name: option.annotation for option in options}
     return call
+
+
+def _typed(fault: re.Match[str]) -> str:
+    option = fault[2].strip(":. ").replace("_", "-")
+    return fault[1] + (f"--{option}" if option else "")
 
 
 def _fields(cls: type[Settings]) -> list[str]:

@@ -16,7 +16,7 @@ import typer
 
 from lavis_chatbridge.chat.options import SAMPLED, ModelOptions, TalkOptions, with_options
 from lavis_chatbridge.config import parse
-from lavis_chatbridge.errors import ChatBridgeError, ConfigError
+from lavis_chatbridge.errors import ChatBridgeError, ConfigError, DataError, MediaError
 from lavis_chatbridge.models.sampling import Sampling
 from lavis_chatbridge.prompting.conversation import MODALITIES, Modality
 
@@ -118,6 +118,8 @@ class Terminal:
         needed = _COMMANDS[name].partition(" ")[0]
         if needed in ("FILE", "FILE...", "TEXT") and not rest:
             raise ConfigError(f"/{name} needs {needed}")
+        if name in ("retry", "edit") and not self.session.messages:
+            raise ConfigError("there is no question yet")
         if name not in MODALITIES:
             getattr(self, f"_{name}")(rest)
             return
@@ -133,7 +135,12 @@ class Terminal:
         for file in files:
             self.attach(file)
         if text or not files:  # files alone wait for their question
-            self._show(lambda: self.session.stream(text, media=self.attached))
+            try:
+                self._show(lambda: self.session.stream(text, media=self.attached))
+            except MediaError as error:
+                if not self.attached:  # it is in an earlier message
+                    raise
+                raise ConfigError(f"{error}; '/media none' detaches what is attached") from error
             self.attached = []
 
     def _show(self, begin: Callable[[], Reply]) -> None:
@@ -213,7 +220,15 @@ class Terminal:
         self.say("\n".join(f"  {known} {getattr(self.session.sampling, known)}" for known in _SETTINGS))
 
     def _save(self, rest: str) -> None:
-        self.session.save(os.path.expanduser(rest))
+        from lavis_chatbridge.chat import messages
+
+        path = os.path.expanduser(rest)
+        if os.path.exists(path):
+            try:
+                messages.load(path)
+            except DataError as error:
+                raise ConfigError(f"{rest} is not replaced: {error}; save to another file") from error
+        self.session.save(path)
         self.say(f"  saved to {rest}")
 
     def _load(self, rest: str) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.chat import Session, ask, load_model
+from lavis_chatbridge.files import locked
 from lavis_chatbridge.models import state_dicts
 
 
@@ -72,7 +73,10 @@ def test_mistakes_are_found_before_the_model_is_loaded(files: Path, monkeypatch:
         (["what?", "nope.png"], "cannot read nope.png: there is no such file"),
         (["what?", "--image", f"{files}/c.wav"], "modality audio, but was given as image"),
         (["hi", "--jsonl", "in", "out"], "in the lines of the file"),
-        (["hi", "--top-p", "2", "--max-new-tokens", "0"], "max_new_tokens is 0, expected more than 0; options.top_p"),
+        (
+            ["hi", "--top-p", "2", "--max-new-tokens", "0"],
+            "error: --max-new-tokens is 0, expected more than 0; --top-p",
+        ),
     ):
         assert cli.main(["ask", *words]) == 2
         assert message in capsys.readouterr().err
@@ -112,7 +116,7 @@ FAULTY = {
     "6": ("[]", "expected a mapping"),
     "7": ('{"text": "caf\udce9"}', "UTF-8"),
     "8": ('{"text": "a", "image": []}', "image, did you mean 'images'"),
-    "i": ('{"id": "i", "images": []}', "expected either 'text'"),
+    "i": ('{"id": "i", "images": []}', "line 9: needs either 'text'"),
     "10": ('{"text": "a", "images": "a.png"}', "images: expected a list"),
     "11": ('{"messages": [{"role": "nobody"}]}', "messages[0].role is 'nobody'"),
     "12": ('{"text": "and this?", "images": ["absent.png"]}', "absent.png"),
@@ -129,12 +133,35 @@ def batch(folder: Path, *lines: str) -> tuple[int, dict[str, dict[str, Any]]]:
 def test_a_faulty_line_of_a_batch_gets_an_error_and_the_others_are_answered(files: Path, loaded: Session, capsys: Any):
     status, found = batch(files, *GOOD.values(), *(line for line, _ in FAULTY.values()))
     assert (status, list(found)) == (1, [*GOOD, *FAULTY])
-    assert "in.jsonl: 8 lines are not questions; first 4: not JSON" in capsys.readouterr().err
+    assert "in.jsonl: 8 of 12 lines are not questions; line 4: not JSON" in capsys.readouterr().err
     for name, (_, message) in FAULTY.items():
         assert message in found[name]["error"]
     talk = Session(loaded.model, engine=loaded.engine)
     assert found["p"]["answer"] == talk.ask("what is it?", files / "a b.png", max_new_tokens=6).text
     assert found["o"]["answer"] == found["p"]["answer"]
+
+
+def test_a_batch_that_cannot_be_written_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr("lavis_chatbridge.chat.session.load_model", lambda *a: pytest.fail("the model is loaded"))
+    (tmp_path / "q").write_text(f"{GOOD['2']}\n")
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "faulty").write_text("{\n[]\n")
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    for source, target, message in (
+        ("q", "q", "q has the questions"),
+        ("q", ".", "is a folder"),
+        ("q", "empty/new/x", "empty is not a folder"),
+        ("empty", "x", "empty has no question"),
+        ("faulty", "x", "faulty: 2 of 2 lines are not questions; line 1: not JSON"),
+    ):
+        assert run(tmp_path, "--jsonl", source, target) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+    with locked(tmp_path / "x"):
+        assert run(tmp_path, "--jsonl", f"{tmp_path}/q", f"{tmp_path}/x") == 2
+    assert "another process uses" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_an_interrupted_batch_resumes(files: Path, loaded: Session, monkeypatch: pytest.MonkeyPatch, capsys: Any):
@@ -155,4 +182,4 @@ def test_an_interrupted_batch_resumes(files: Path, loaded: Session, monkeypatch:
     status, found = batch(files, *GOOD.values())
     assert (status, list(found)) == (0, [*GOOD])
     assert "1 of 3 answers are there already" in capsys.readouterr().err
-    assert list(files.glob(".out*")) == []
+    assert list(files.glob(".out*.part")) == []

@@ -99,6 +99,15 @@ def test_a_reply_that_fails_leaves_the_batch(model: Any, monkeypatch: pytest.Mon
     assert len(engine._decoder) == 0
 
 
+def test_a_callback_that_raises_costs_only_its_own_reply(model: Any):
+    engine = building.engine(model)
+    hello = Conversation().asking("Hi.")
+    raising = [engine.reply(hello, ENDLESS, lambda _: 1 / 0) for _ in range(2)]
+    assert engine.reply(hello, Sampling(max_new_tokens=20, ignore_eos=True)).answer.tokens == 20
+    assert [reply.answer.finish for reply in raising] == ["cancelled"] * 2
+    assert engine.reply(hello, Sampling(max_new_tokens=5)).answer.tokens == 5
+
+
 def test_a_full_engine_refuses_and_an_unused_one_is_collected(model: Any):
     engine = building.engine(model, batch=1, waiting=1)
     replies = [engine.reply(Conversation().asking("Hi."), ENDLESS) for _ in range(2)]

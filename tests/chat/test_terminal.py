@@ -53,7 +53,9 @@ def test_paths_in_a_question_are_attached(opened: Session, files: Path):
 
 def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
     mistakes = {
-        "/edit what?": "there is no message",
+        "/edit what?": "there is no question yet",
+        "/retry": "there is no question yet",
+        f"/save {files}/small.yaml": "small.yaml is not replaced",
         "/image absent.png": "cannot read absent.png: there is no such file",
         "/image /": "cannot read /: it is a folder",
         "/tmp": "cannot read /tmp: it is a folder",
@@ -71,6 +73,9 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
     shown = typed(opened, *mistakes, f"/video {files}/d.mp4", "what is it?", ".", "what is heard?", "/history")
     assert "warning: d.mp4's sound track: the video has no audio track" in shown
     assert shown.count("error: ") == len(mistakes)
+    assert "tiny" in (files / "small.yaml").read_text()
+    broken = typed(opened, f"/image {files}/broken.png", "what is it?", "/media none", "what is it?")
+    assert broken.count("error: ") == broken.count("; '/media none' detaches") == 1
     for message in mistakes.values():
         assert message in shown
     assert "you> . " in shown.replace("\n", " ")  # the name of a folder may be a question
@@ -80,7 +85,7 @@ def test_warnings_and_mistakes_cost_nothing(opened: Session, files: Path):
 
 def test_retry_edit_undo_save_and_load(opened: Session, files: Path, tmp_path: Path):
     file = tmp_path / "talk.json"
-    lines = ["one?", "two?", "/edit deux?", "/retry", f"dos {files}/c.wav ?", "/undo", "/media", f"/save {file}"]
+    lines = ["one?", "two?", "/edit deux?", "/retry", f"dos {files}/c.wav ?", "/undo", "/media", *[f"/save {file}"] * 2]
     shown = typed(opened, *lines, "/new", "/history", f"/load {file}", "/unknown/path is it?")
     assert "taken back: dos ? (attached again: 1)" in shown
     assert f"audio {files}/c.wav" in shown.partition("taken back")[2]

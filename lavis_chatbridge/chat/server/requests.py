@@ -56,7 +56,7 @@ class RequestError(Exception):
 
 
 def _no_limit(value: Any) -> Any:
-    return None if value in (-1, 0) and not isinstance(value, bool) else value
+    return None if value == -1 else value
 
 
 def _texts(value: Any) -> Any:

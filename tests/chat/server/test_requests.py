@@ -32,6 +32,8 @@ def chat(**fields: Any) -> ChatRequest:
         ({"temperature": float("nan")}, "invalid_value", "temperature", "finite number"),
         ({"seed": True}, "invalid_value", "seed", "valid integer, found true"),
         ({"seed": 1 << 63}, "invalid_value", "seed", "less than or equal to 9223372036854775807"),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens", "greater than or equal to 1, found 0"),
+        ({"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens", "greater than or equal to 1, found 0"),
         ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]", "greater than or equal to 0, found -1"),
         ({"stop": ["a", 3]}, "invalid_value", "stop[1]", "valid string"),
         ({"tools": [{"type": "x"}]}, "unsupported_parameter", "tools", '[{"type": "x"}] is not supported'),
@@ -110,7 +112,7 @@ def test_options_tokens_and_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(command.TOKENS, " ")
     with pytest.raises(ConfigError, match=r"no folder .*others can reach host 0\.0\.0\.0: give tokens"):
         parse(ServerOptions, {"host": "0.0.0.0", "files": [str(tmp_path / "none")]}, "options")
-    with pytest.raises(ConfigError, match="decode_memory is 8"):
+    with pytest.raises(ConfigError, match="--decode-memory is 8"):
         command.command(decode_memory=8)
     with command.listen("127.0.0.1", 0) as line, pytest.raises(ConfigError, match="cannot listen"):
         command.listen("127.0.0.1", line.getsockname()[1])
