@@ -1,4 +1,4 @@
-"""Media in the forms that Python users have: files, arrays, tensors, Pillow images and URLs become `Medium`."""
+"""Converts what Python users pass as media (files, arrays, tensors, Pillow images, URLs) to `Medium`."""
 
 from __future__ import annotations
 
@@ -139,4 +139,6 @@ def _name(content: Any) -> str:
         return os.path.basename(os.fspath(content))
     if isinstance(content, np.ndarray):
         return f"array {'x'.join(map(str, content.shape))}"
+    if content is None:
+        return "None"
     return f"{len(content)} bytes" if is_file(content) else type(content).__name__

@@ -1,4 +1,4 @@
-"""A conversation, and how a model reads it: its media are perceived, each once, and its messages become a prompt.
+"""A conversation and its prompt: each medium is encoded to soft tokens once, and the messages become the model's input.
 
 Shapes: ``Q`` soft tokens, ``D`` width of the language model.
 """

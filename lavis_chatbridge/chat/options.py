@@ -1,4 +1,4 @@
-"""Options of the commands that answer: a parameter that is `Settings` becomes one option for each field."""
+"""Options that ask, chat, web and serve share: each field of a `Settings` parameter becomes a command-line option."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The page: gradio's `ChatInterface`, its actions, and how its messages become a conversation.
+"""The page of ``chatbridge web``: gradio's `ChatInterface`, its buttons, and the conversion of its messages.
 
-The browser keeps the conversation; the engine keeps nothing of it. Import this module after `web.quiet_gradio`. It
+The conversation is stored in the browser, not in the engine. Import this module after `web.quiet_gradio`. It
 imports gradio at the top, because gradio resolves the annotations of actions to find the parameter ``request``.
 """
 

@@ -1,4 +1,7 @@
-"""A conversation in Python: `Session` asks an `Engine` about its `Conversation`; `load_model` builds the model."""
+"""The Python interface: `load_model` builds a ChatBridge, and a `Session` holds one conversation with it.
+
+A session keeps the messages; an `Engine` computes the replies.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """LAVIS builders: one class for each data set in ``configs/datasets/*.yaml``.
 
-These files have the default values of a data set's section: the reader, the paths under the data root, and the use of
-the data set. Annotations in other formats are converted to our schema once, into the cache folder. Only tables of the
+These files have the default values of a data set's section: its reader, its paths under the data root, and its stage.
+Annotations in other formats are converted to our schema once, into the cache folder. Only tables of the
 Hugging Face hub are downloaded.
 """
 

@@ -1,8 +1,8 @@
 """The samples of each step, as a pure function of seed and step, so that any rank can compute any step directly.
 
-A schedule gives the source of a step; its counts have a closed form. A keyed permutation of ``0..size-1`` (a Feistel
-network with cycle-walking) gives the samples, without a shuffled array. Therefore 130 million samples need no memory,
-and step 100,000 costs as much as step 0. This module uses indices, but no samples. A *source*
+A schedule gives the source of a step; a closed form counts the earlier steps of that source. A keyed permutation of
+``0..size-1`` (a Feistel network with cycle-walking) gives the samples, without a shuffled array. Therefore 130 million
+samples need no memory, and step 100,000 costs as much as step 0. This module uses indices, but no samples. A *source*
 is one of a mixture (see `datasets.loader`), not `Sample.source`.
 """
 

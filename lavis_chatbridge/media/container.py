@@ -55,7 +55,7 @@ def modality_of(source: Source, *, limits: Limits = DEFAULT_LIMITS) -> Literal["
         for modality in ("video", "audio"):
             if find_stream(container, modality) is not None:
                 return modality
-    raise MediaError(source, "it has neither a video nor an audio track")
+    raise MediaError(source, "it has neither a video nor an audio track; the file is cut off or damaged")
 
 
 def find_stream(container: InputContainer, modality: str) -> Any:
@@ -79,8 +79,10 @@ def first_stream(container: InputContainer, modality: str, source: object) -> An
 
     stream = find_stream(container, modality)
     if stream is None:
-        only_sound = modality == "video" and find_stream(container, "audio") is not None
-        raise MediaError(source, f"it has no {modality} track" + ("; it has only sound" if only_sound else ""))
+        hint = "; it has only sound" if modality == "video" else ""
+        if find_stream(container, "audio" if modality == "video" else "video") is None:
+            hint = "; the file is cut off or damaged"  # every format read here has one of the two
+        raise MediaError(source, f"it has no {modality} track{hint}")
     stream.codec_context.thread_count = 1  # data workers are processes: threads would only compete for the cores
     discard = getattr(av.stream, "Discard", None)  # PyAV 15 has none and reads the other streams too
     for other in container.streams:

@@ -1,4 +1,4 @@
-"""The types of media, before opening, opened and encoded; limits on opening; all errors become `MediaError`."""
+"""The types of media (unopened, opened, encoded), and the guard that gives opening its limits and one error class."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ R = TypeVar("R")
 
 _CAUSES = {
     "UnidentifiedImageError": "it is not an image of a known format",  # Pillow's
-    "InvalidDataError": "it is damaged, or not an audio or video file of a known format",  # PyAV's
+    "InvalidDataError": "it is cut off or damaged, or not an audio or video file of a known format",  # PyAV's
+    "EOFError": "it is cut off",
 }
 _PICTURE_HEADS = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*")
 _HEIF_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -152,7 +153,8 @@ def file_of(source: object) -> str | io.BytesIO:
             raise MediaError(source, "it is empty")
         return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise MediaError(source, f"a {type(source).__name__} is neither a path, bytes, an array nor a Pillow image")
+        given = "None" if source is None else type(source).__name__
+        raise MediaError(source, f"expected a path, bytes, an array or a Pillow image, found {given}")
     with media_errors(source):
         path = os.path.abspath(os.fspath(source))
         try:

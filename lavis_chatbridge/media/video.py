@@ -3,6 +3,9 @@
 The file is first read without decoding, to find the true number of frames (headers may be wrong), their display times,
 and the key frames. Decoding of a chosen frame starts at the last key frame before it, and skips frames that no other
 frame depends on.
+
+Every fault is a `MediaError`. The loader of training and evaluation catches it and skips the sample; chat and server
+report it to the user.
 """
 
 from __future__ import annotations
@@ -196,8 +199,8 @@ class _Video:
     def _spans(self, positions: list[int], groups: int) -> list[tuple[int, int]]:
         """The ranges of packets (first, last) to decode for the frames at ``positions``.
 
-        A frame may be displayed before the key frame that it follows in the file (open GOP). It then depends on the
-        previous GOP, so decoding starts there. With ``groups``, decoding starts that many key frames earlier.
+        In an open GOP some frames come after a key frame in the file but are shown before it. They need the previous
+        group, so decoding starts there. With ``groups``, decoding starts that many key frames earlier.
         """
         spans: list[tuple[int, int]] = []
         for last in sorted(positions):

@@ -1,4 +1,4 @@
-"""What this package uses of transformers' language models, and facts in which their families differ."""
+"""transformers' language models: the type for them in this package, their number of positions and embedding scale."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class LanguageModel(nn.Module):
 def positions_of(config: Any) -> float:
     """The number of positions of a language model; infinity if its configuration has no limit.
 
-    If rotary factors depend on the length (Phi-3's longrope, dynamic NTK), this is the length at which they change:
-    cached keys of one set of factors are wrong together with keys of another.
+    Some models change their rotary factors at a length (Phi-3's longrope, dynamic NTK); the number is then that length.
+    Beyond this length the model rotates keys differently, so keys cached before it cannot be used after it.
     """
     own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not own:

@@ -1,4 +1,4 @@
-"""Loads the frozen language model and its tokenizer from a folder, offline: any causal one of transformers that fits.
+"""Loads the frozen language model and its tokenizer from a folder, without network: any causal model of transformers.
 
 This module handles embeddings and token ids, no media and no conversation format.
 """

@@ -299,7 +299,11 @@ def _stacked(rows: Sequence[list[_Position]], padding: int, side: str) -> tuple[
 
 
 def _original_chat(rows: Sequence[list[_Position]], tokenizer: Tokenizer) -> tuple[Tensor, Tensor, Tensor]:
-    """The original's stage 2: padding on the left, preceded by a column of BOS with the mask of the next column."""
+    """The rows of the original's stage 2.
+
+    Rows are padded on the left, then BOS is put before the padding. As in the original, BOS is masked wherever the
+    first position is.
+    """
     ids, mask, labels = _stacked(rows, PADDING, "left")
     if tokenizer.bos_id is None:
         return ids, mask, labels

@@ -1,4 +1,4 @@
-"""``chatbridge weights``: lists and downloads weights."""
+"""``chatbridge weights``: lists the weights that a model's settings name, and downloads missing ones."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """First stage: runs the annotators on each item's frames and sounds, and merges the results with human captions.
 
 Items are sharded over processes by rank. Finished items are not annotated again, even with another number of processes.
+A folder has the items of one set of annotators; another set is refused.
 This module uses only the annotators' protocol.
 """
 
@@ -16,9 +17,9 @@ from typing import NamedTuple
 
 from lavis_chatbridge import media
 from lavis_chatbridge.errors import DataError, MediaError
-from lavis_chatbridge.files import append_lines, read_objects, write_text
+from lavis_chatbridge.files import append_lines, hash_of, read_objects, write_text
 from lavis_chatbridge.multis.annotation import Annotation, Frame, from_json
-from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, View
+from lavis_chatbridge.multis.annotators import RATE, Annotator, Findings, Imported, View
 from lavis_chatbridge.schema import check_inside
 
 _SAMPLE_FIELDS = ("turns", "answers", "style", "task", "facts", "held_out", "meta")
@@ -50,20 +51,21 @@ def annotate(
         folder: Output folder, for ``annotations-RANK-of-WORLD.jsonl`` and ``failures-RANK-of-WORLD.jsonl``.
         annotators: Run in order; a later one adds to an earlier one's findings and replaces its captions.
         media_root: Folder that media paths are relative to; by default that of ``items``.
+
+    Raises:
+        DataError: If ``folder`` has one of these items from other annotators or with another line in ``items``.
     """
     folder, root = Path(folder), Path(media_root) if media_root is not None else Path(items).parent
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = sorted(folder.glob("annotations-*.jsonl"))
-    done = {record["id"] for file in earlier for _, record in read_objects(file, skip_cut=True)}
+    everything = list(_read_items(items, annotators))
+    if rank == 0:
+        _warn_of_unused(annotators, everything)
+    own = [item for item in everything if zlib.crc32(item.id.encode()) % world == rank]
+    left = _unfinished(own, folder)
     name = f"{rank:05d}-of-{world:05d}.jsonl"
-    annotated = known = 0
+    annotated = 0
     failures = []
-    for item in _read_items(items):
-        if zlib.crc32(item.id.encode()) % world != rank:
-            continue
-        if item.id in done:
-            known += 1
-            continue
+    for item in left:
         try:
             finished = _annotate_item(item, annotators, root)
         except MediaError as error:
@@ -75,7 +77,29 @@ def annotate(
     (folder / f"failures-{name}").unlink(missing_ok=True)
     if failures:
         write_text(folder / f"failures-{name}", "".join(failures))
-    return AnnotateReport(annotated, known, len(failures))
+    return AnnotateReport(annotated, len(own) - len(left), len(failures))
+
+
+def _unfinished(items: Sequence[Annotation], folder: Path) -> list[Annotation]:
+    """The items that the folder does not have; a `DataError` if it has one that was made from something else."""
+    wanted = {item.id: item for item in items}
+    for file in sorted(folder.glob("annotations-*.jsonl")):
+        for where, record in read_objects(file, skip_cut=True):
+            item, found = wanted.pop(record["id"], None), record.get("made_from", [])
+            if item is not None and found != list(item.made_from):
+                raise DataError(
+                    f"{where}: {item.id!r} was made from {', '.join(found) or 'unknown annotators'}; now it would be "
+                    f"made from {', '.join(item.made_from)}: choose another --out, or delete this line or the folder"
+                )
+    return list(wanted.values())
+
+
+def _warn_of_unused(annotators: Sequence[Annotator], items: Sequence[Annotation]) -> None:
+    for annotator in annotators:
+        if isinstance(annotator, Imported) and (unused := annotator.unused(items)):
+            _log.warning(
+                "%s: views that belong to no item: %d, the first is %r", annotator.name, len(unused), unused[0]
+            )
 
 
 def _annotate_item(item: Annotation, annotators: Sequence[Annotator], root: Path) -> Annotation:
@@ -135,15 +159,17 @@ def _with_findings(item: Annotation, author: str, view: View, found: Findings) -
     return item.model_copy(update={**changes, "written_by": signed})
 
 
-def _read_items(path: str | Path) -> Iterator[Annotation]:
+def _read_items(path: str | Path, annotators: Sequence[Annotator]) -> Iterator[Annotation]:
     seen: set[str] = set()
     for where, record in read_objects(path):
         item = from_json({key: value for key, value in record.items() if key not in _SAMPLE_FIELDS}, where)
         if item.id in seen:
             raise DataError(f"{where}: the id {item.id!r} occurs twice")
         seen.add(item.id)
+        line = hash_of(item.model_dump(exclude_defaults=True))
         if {medium.type for medium in item.media} == {"audio"}:
             item = item.model_copy(update={"captions": (), "sound_captions": item.captions + item.sound_captions})
         written = {part: "human" for part in ("captions", "sound_captions", "tags") if getattr(item, part)}
         written |= {"frames": "the item's own"} if item.frames else {}
-        yield item.model_copy(update={"written_by": {**written, **item.written_by}})
+        made_from = (f"item hash {line[:8]}", *(annotator.name for annotator in annotators))
+        yield item.model_copy(update={"written_by": {**written, **item.written_by}, "made_from": made_from})

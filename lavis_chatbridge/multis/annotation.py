@@ -64,6 +64,8 @@ class Annotation(Settings):
     """One frame for an image, three for a video, none for a sound."""
     written_by: dict[str, str] = {}
     """Part -> author, for example ``{"captions": "human", "frames.regions": "florence2 base"}``."""
+    made_from: tuple[str, ...] = ()
+    """A hash of the item's line, and the names of all annotators that ran. `annotate` writes it."""
     source: str = ""
     licence: str = ""
 

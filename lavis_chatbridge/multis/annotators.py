@@ -7,7 +7,7 @@ of a model is a folder or a hub id, as in transformers' pipelines.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Literal, Protocol, get_args
@@ -19,7 +19,8 @@ from pydantic import PositiveInt
 from lavis_chatbridge.config import Settings, parse, unknown_key
 from lavis_chatbridge.datasets.readers.common import is_list, object_rows, read_object
 from lavis_chatbridge.errors import CheckpointError, ConfigError, DataError, one_line
-from lavis_chatbridge.multis.annotation import Region
+from lavis_chatbridge.files import hash_of_file
+from lavis_chatbridge.multis.annotation import Annotation, Region
 from lavis_chatbridge.prompting.conversation import Modality
 
 RATE = 16_000  # of sounds, in Hz
@@ -157,20 +158,29 @@ class Imported:
     modality: Modality = "image"
 
     def __init__(self, path: str, options: Options, form: Form) -> None:
-        self.name = f"{form} import {Path(path).name}"
         self._path, self._form, self._largest = path, form, options.largest or 12
         self._entries: dict[str, Any] = {}
         if not path.endswith(".jsonl") and not is_list(path):
             self._entries = dict(read_object(path).values)
-            return
-        for row in object_rows(path):
-            self._entries.setdefault(row.name("image_id", "file_name", "id"), []).append(row.values)
+        else:
+            for row in object_rows(path):
+                self._entries.setdefault(row.name("image_id", "file_name", "id"), []).append(row.values)
+        self.name = f"{form} import {Path(path).name} {hash_of_file(path)[:8]}"  # an edited file is another author
+
+    def unused(self, items: Iterable[Annotation]) -> list[str]:
+        """The views of the file that belong to no item."""
+        used = {
+            name
+            for item in items
+            for medium in item.media
+            for number in range({"image": 1, "video": 3, "audio": 0}[medium.type])
+            for name in _view_names(item.id, medium.path, number)
+        }
+        return [name for name in self._entries if name not in used]
 
     def annotate(self, view: View) -> Findings:
         """The view's findings in the file; empty if the file does not contain the view."""
-        file = PurePosixPath(view.path)
-        first = [] if view.number else [view.item, str(file), file.name, file.stem]
-        names = [f"{view.item}/{view.number}", *first]
+        names = _view_names(view.item, view.path, view.number)
         found: Any = next((self._entries[name] for name in names if name in self._entries), [])
         entries = found if isinstance(found, list) else [found]
         height, width = view.content.shape[:2]
@@ -209,6 +219,12 @@ def build_annotator(text: str) -> Annotator:
         raise ConfigError(f"annotator {name!r} needs a path: {name}=PATH[,option=value...]")
     options = dict(pair.partition("=")[::2] for pair in pairs)
     return ANNOTATORS[name](path, parse(Options, options, f"annotators.{name}"))
+
+
+def _view_names(item: str, path: str, number: int) -> list[str]:
+    """The names that an imported file may have for a frame, the most specific first."""
+    file = PurePosixPath(path)
+    return [f"{item}/{number}", *([] if number else [item, str(file), file.name, file.stem])]
 
 
 def _region(entry: Mapping[str, Any], size: tuple[int, int]) -> Region:

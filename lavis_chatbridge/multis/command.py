@@ -82,7 +82,7 @@ def generate(
         found = stage.estimate(requests, price, out)
         print(f"requests to send:      {found.requests} ({found.known} have an answer)")
         print(f"tokens, about:         {found.tokens}")
-        print(f"cost, about:           ${found.cost:.2f}; spent so far ${found.spent:.2f}")
+        print(f"cost, about:           ${found.cost:.4f}; spent so far ${found.spent:.4f}")
         return
     report = stage.generate(requests, out, price, options)
     print(f"answered {report.answered}, known {report.known}, failed {report.failed}; ${report.spent:.4f} spent: {out}")

@@ -1,9 +1,9 @@
-"""What the plugin does around LAVIS's own imports; the finder in ``lavis_chatbridge/__init__.py`` calls `find_spec`.
+"""Changes three of LAVIS's imports. The finder in ``lavis_chatbridge/__init__.py`` calls `find_spec` at each import.
 
-- ``lavis.models`` and the modules below it: work with today's libraries (``compat``).
-- ``lavis.tasks``, the last import of ``lavis``: the plugin's classes are registered after it, but not while a module of
-  this package is half imported, so that a program may import any of them first.
-- ``lavis.train`` and ``lavis.evaluate``: the package's command line under these names, unless LAVIS ships them.
+- ``lavis.models`` and the modules below it are imported with the repairs of ``compat`` for today's libraries.
+- After ``lavis.tasks``, the last import of ``lavis``, the plugin's classes are registered. While a module of this
+  package is half imported this waits, so that a program may import any of them first.
+- ``lavis.train`` and ``lavis.evaluate`` are the package's command line, unless LAVIS has these modules.
 
 It imports the standard library only, and names no class of the package.
 """

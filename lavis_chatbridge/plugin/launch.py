@@ -1,4 +1,4 @@
-"""Runs of configuration files: ``chatbridge train`` (also ``python -m lavis.train``), and what other commands share.
+"""``chatbridge train``, also ``python -m lavis.train``; builds runs from configurations for other commands too.
 
 A run builds LAVIS's four parts in LAVIS's order: task, data sets, model, runner.
 """

@@ -1,8 +1,8 @@
-"""A quick start for the commands that only answer: what they do not need is imported when it is used.
+"""Starts the commands that only answer (ask, chat, web, serve) in less time, by importing LAVIS lazily.
 
 `start` puts LAVIS's packages, which import all of LAVIS, into ``sys.modules`` without executing them. They are executed
-when somebody reads one of their attributes, or asks LAVIS's registry for a name that this package has not registered.
-A few modules get placeholders for `SLOW` packages. Nothing changes for a program that does not call `start`.
+at the first use of one of their attributes, or of a name in LAVIS's registry that this package has not registered. The
+modules in `USERS` get placeholders for the packages in `SLOW`. A program that does not call `start` is not affected.
 """
 
 from __future__ import annotations

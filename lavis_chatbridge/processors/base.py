@@ -1,6 +1,7 @@
-"""The base class of processors, the text processor, and the processors of a ``preprocess`` section.
+"""Builds the processors that a ``preprocess`` section names; also their base class, and the text processor.
 
-``encoder: ${model.vision}`` inserts the settings that an encoder needs, from its own files, without loading weights.
+A processor with ``encoder: ${model.vision}`` takes that encoder's settings (picture size, mean, std) from the encoder's
+own configuration file. No weights are loaded.
 """
 
 from __future__ import annotations

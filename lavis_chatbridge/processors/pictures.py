@@ -1,4 +1,4 @@
-"""Images and videos to the vision encoder's input: squashed into a square, normalised by the encoder's mean and std.
+"""Images and videos to the vision encoder's input: resized to a square, normalised by the encoder's mean and std.
 
 Legend: `T` frames, `H` `W` size of the source, `S` size of the result.
 """

@@ -89,7 +89,7 @@ class SavedPlan(Settings):
     layout: dict[str, Any]
     """The other settings that determine the samples of a step (batch sizes, number of ranks)."""
     origin: Position
-    """The position at which the plan started or resumed; a plan of the same layout computes every step from it."""
+    """Where this plan began. With the same batch sizes, every later step follows from it."""
     resume: Position
     """The position at which a plan of another layout resumes."""
 

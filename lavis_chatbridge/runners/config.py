@@ -1,7 +1,7 @@
-"""Builds one checked configuration from a YAML and ``--options``, with the attributes of LAVIS's ``Config``.
+"""Reads a run's configuration: merges its YAML files and ``--options``, checks every key, returns LAVIS's ``Config``.
 
-Precedence, lowest first: the YAML of model type and data sets, the user's YAML, the options. Faults are
-reported together, before anything is loaded.
+The user's YAML overrides the YAML of the model type and those of the data sets; ``--options`` override both. All faults
+are reported together, before weights or data are loaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The data of a run: a loader per split, and cached outputs of the frozen encoders.
+"""Builds a run's loaders, one for training and one for each evaluated split, and fills its feature cache.
 
-LAVIS's data sets have no ids and their own ``collater``; they get a simpler loader with the same plan.
+LAVIS's own data sets have no sample ids and bring their own ``collater``; they get a simpler loader, which follows the
+same `MixturePlan`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Splits for evaluation: items with their index and, if requested, with another sample's media or none."""
+"""The samples of an evaluated split: with their media, another sample's (``shuffled``) or none (``withheld``)."""
 
 from __future__ import annotations
 

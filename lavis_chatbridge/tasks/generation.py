@@ -1,4 +1,4 @@
-"""Evaluation by generation: captions and answers. Predictions are stored on disk and scored."""
+"""The task that evaluates captions and answers: the model generates them; they are stored on disk and scored."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ class GenerationTask(ChatBridgeTask):
         if "" in prompts and self.settings.media == "withheld":
             raise DataError(
                 f"{source.name}: the prompt of sample {samples['sample_id'][prompts.index('')]!r} is only its media, "
-                "and run.media=withheld leaves nothing to answer: use run.withheld_words=told or run.media=shuffled"
+                "and run.media=withheld leaves nothing to answer: use --ablate withheld:told or shuffled "
+                "(run.withheld_words=told or run.media=shuffled)"
             )
         predictions = []
         for number, reply in enumerate(self.predict(model, samples)):

@@ -1,1 +1,1 @@
-"""The embedded world: a small synthetic world with exact ground truth; even a tiny model gets meaningful scores."""
+"""The embedded world: small synthetic media with exact ground truth, on which a tiny model gets meaningful scores."""

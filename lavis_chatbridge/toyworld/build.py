@@ -91,12 +91,14 @@ def build_world(folder: str | Path, sizes: Sizes | None = None, seed: int = 0, p
     """
     folder, sizes = Path(folder).absolute(), sizes or Sizes()
     wanted = {"version": VERSION, "seed": seed, "sizes": asdict(sizes)}
+    if folder.is_file():
+        raise DataError(f"{folder} is a file, expected a folder for the embedded world: choose another path")
     with locked(folder):
         found = read_json(folder / INFO) or {}
         if wanted.items() <= found.items():
             log.info("the embedded world in %s is complete", folder)
             return folder
-        if not found and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
+        if not found and folder.is_dir() and any(folder.iterdir()):
             raise DataError(f"{folder} has other files than an embedded world: choose another folder, or empty it")
         began = time.monotonic()
         items, pairs = plan(sizes, seed)

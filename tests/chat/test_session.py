@@ -90,6 +90,8 @@ def test_a_failure_leaves_the_session_as_it_was(model: Any, monkeypatch: pytest.
     for one in broken:
         with pytest.raises(MediaError):
             talk.ask("And this?", images=[picture(), one])
+    with pytest.raises(MediaError, match=r"^cannot read None: expected .* found None$"):
+        talk.ask("And this?", images=[None])  # type: ignore[list-item]
     for words in (3, None, ["hi"]):
         with pytest.raises(PromptError, match="a message is a text"):
             talk.ask(words)  # type: ignore[arg-type]

@@ -257,6 +257,7 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     (tmp_path / "secret.ts").write_bytes(video_file(5, form="mpegts"))
     hls = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.m3u8").write_text(hls)
+    whole = video_file(9)
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile secret.ts\n")
     for source, limits, words in (
         ("http://127.0.0.1:9/a.mp4", Limits(), "no such file"),
@@ -266,8 +267,10 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
         (video_file(9), Limits(max_bytes=20_000), "exceed 20000 bytes"),
         (tmp_path / "list.m3u8", Limits(), "Invalid argument"),
         (tmp_path / "list.mp4", Limits(), "Invalid argument"),
-        (b"junk" * 50, Limits(), "damaged, or not an audio or video file of a known format"),
-        (video_file(9)[:200], Limits(), "damaged"),
+        (b"junk" * 50, Limits(), "cut off or damaged, or not an audio or video file of a known format"),
+        (video_file(9)[:200], Limits(), "cut off or damaged"),
+        (whole[: whole.index(b"moov") + 100], Limits(), "no video track; the file is cut off or damaged"),
+        (whole[: whole.index(b"stsd") + 150], Limits(), "it is cut off"),
         (np.zeros((4, 4)), Limits(), "a video has the shape"),
     ):
         with pytest.raises(MediaError, match=words):

@@ -140,6 +140,30 @@ def test_ranks_cover_every_item_once_and_resume(items: Path, tmp_path: Path) -> 
     assert again.seen == []
 
 
+def test_a_folder_of_other_annotators_or_captions_is_refused(items: Path, tmp_path: Path) -> None:
+    mine, out = tmp_path / "items.jsonl", tmp_path / "out"
+    mine.write_text(items.read_text())
+    annotate(mine, out, [], items.parent)
+    before = [file.read_bytes() for file in out.iterdir()]
+    with pytest.raises(DataError, match=r"'picture' was made from item hash \w+; now it .* \w+, counting 1: choose"):
+        annotate(mine, out, [Counting()], items.parent)
+    mine.write_text(items.read_text().replace("A caption", "A better caption"))
+    with pytest.raises(DataError, match="choose another --out, or delete"):
+        annotate(mine, out, [], items.parent)
+    assert [file.read_bytes() for file in out.iterdir()] == before
+
+
+def test_views_of_no_item_are_counted(items: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    views = ["foo/0", "clip/2", "clip/3", "picture/1", "a.png", "sound/0", "x"]
+    (tmp_path / "seen.json").write_text(json.dumps(dict.fromkeys(views, "a square")))
+    annotate(items, tmp_path / "out", [build_annotator(f"captions={tmp_path}/seen.json")])
+    [warning] = caplog.messages
+    assert warning.endswith("views that belong to no item: 4, the first is 'foo/0'")
+    (tmp_path / "seen.json").write_text("{}")
+    with pytest.raises(DataError, match=r"captions import seen\.json"):  # an edited file
+        annotate(items, tmp_path / "out", [build_annotator(f"captions={tmp_path}/seen.json")])
+
+
 def test_an_item_whose_line_was_cut_off_is_annotated_again(items: Path, tmp_path: Path) -> None:
     annotate(items, tmp_path, [Counting()])
     [file] = tmp_path.glob("annotations-*.jsonl")

@@ -70,7 +70,7 @@ def test_from_a_folder_of_clips_to_a_model(
         follow(line, monkeypatch)
         assert not line.endswith("--dry-run") or server.asked.total() == 0
     assert server.asked.total() == 6, "each clip is asked about in three kinds"
-    assert "requests to send:      6" in capsys.readouterr().out
+    assert re.search(r"requests to send:      6(.*\n)*cost, about: +\$0.00[1-9]", capsys.readouterr().out)
     prompts = [body["messages"][-1]["content"] for body in server.bodies]
     assert sum("a pot with a wooden spoon" in prompt for prompt in prompts) == 3, "the frames' captions were read"
     assert sum("Brakes squeal, then doors hiss." in prompt for prompt in prompts) == 3

@@ -130,6 +130,8 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="has other files than an embedded world"):
         build_world(tmp_path, SMALL)
+    with pytest.raises(DataError, match=r"thesis\.txt is a file, expected a folder"):
+        build_world(tmp_path / "thesis.txt", SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 

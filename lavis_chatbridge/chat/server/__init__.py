@@ -1,1 +1,1 @@
-"""``chatbridge serve``: ``command`` starts ``app``, which answers ``requests`` over HTTP; it needs an extra."""
+"""``chatbridge serve``: OpenAI's HTTP interface to the engine. It needs the extra ``serve``."""

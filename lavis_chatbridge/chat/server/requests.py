@@ -1,4 +1,4 @@
-"""Requests in OpenAI's form become conversations and samplings, and replies OpenAI's JSON. It does no HTTP."""
+"""Converts OpenAI's requests to conversations and `Sampling`, and replies to OpenAI's JSON. It does no HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of your own data: tables of Hugging Face ``datasets``, and chat messages of fine-tuning tools."""
+"""Readers of a user's own data in two general formats: tables of Hugging Face ``datasets``, and chat messages."""
 
 from __future__ import annotations
 

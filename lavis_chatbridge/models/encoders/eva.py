@@ -1,6 +1,6 @@
-"""EVA-ViT, ChatBridge's own vision encoder: LAVIS's class, built without a download; all tokens, without a final norm.
+"""EVA-ViT, ChatBridge's own vision encoder: LAVIS's class, built without its download. It returns all tokens.
 
-ChatBridge's frozen encoder is BLIP-2's EVA-ViT-G (39 of its 40 blocks). Parameter names are those of
+The encoder is BLIP-2's EVA-ViT-G: 39 of its 40 blocks, without a final norm. Parameter names are those of
 ``eva_vit_g.pth``.
 
 Shapes: ``B`` images, ``N`` tokens (a class token, then patches row by row), ``D`` width.
