@@ -77,6 +77,11 @@ class Options(Settings):
     largest: PositiveInt | None = None
     """Maximum number of regions, classes or tags per view; null: 5 tags of a model, else 12."""
 
+    @property
+    def in_name(self) -> str:
+        """The part of the annotator's name that tells other findings apart."""
+        return f" largest={self.largest}" if self.largest else ""
+
 
 class ModelAnnotator:
     """A transformers pipeline; a `CheckpointError` if the model cannot be loaded."""
@@ -89,7 +94,7 @@ class ModelAnnotator:
         from transformers import pipeline
 
         build: Any = pipeline
-        self.name = f"{type(self).__name__.lower()} {Path(path).name}"
+        self.name = f"{type(self).__name__.lower()} {Path(path).name}{options.in_name}"
         self.largest = options.largest or self.most
         try:
             self.run = build(self.task, model=path, device=options.device, dtype=options.dtype)
@@ -165,7 +170,8 @@ class Imported:
         else:
             for row in object_rows(path):
                 self._entries.setdefault(row.name("image_id", "file_name", "id"), []).append(row.values)
-        self.name = f"{form} import {Path(path).name} {hash_of_file(path)[:8]}"  # an edited file is another author
+        # an edited file is another author
+        self.name = f"{form} import {Path(path).name} {hash_of_file(path)[:8]}{options.in_name}"
 
     def unused(self, items: Iterable[Annotation]) -> list[str]:
         """The views of the file that belong to no item."""

@@ -160,8 +160,11 @@ def test_views_of_no_item_are_counted(items: Path, tmp_path: Path, caplog: pytes
     [warning] = caplog.messages
     assert warning.endswith("views that belong to no item: 4, the first is 'foo/0'")
     (tmp_path / "seen.json").write_text("{}")
-    with pytest.raises(DataError, match=r"captions import seen\.json"):  # an edited file
-        annotate(items, tmp_path / "out", [build_annotator(f"captions={tmp_path}/seen.json")])
+    edited = f"captions={tmp_path}/seen.json"
+    annotate(items, tmp_path / "new", [build_annotator(edited)])
+    for folder, changed in (("out", edited), ("new", f"{edited},largest=2")):
+        with pytest.raises(DataError, match=r"captions import seen\.json"):
+            annotate(items, tmp_path / folder, [build_annotator(changed)])
 
 
 def test_an_item_whose_line_was_cut_off_is_annotated_again(items: Path, tmp_path: Path) -> None:
