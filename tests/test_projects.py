@@ -24,7 +24,7 @@ def test_large_configurations_lack_nothing_but_files(size: str, stage: str, tmp_
     with pytest.raises(ConfigError) as caught:
         load_config(PROJECTS / size / f"{stage}.yaml")
     message = str(caught.value)
-    assert "files and folders are missing" in message
+    assert "missing files or folders" in message
     assert not re.search(r"unknown|expected|is not one of|give either", message), message
 
 

@@ -190,8 +190,8 @@ def _missing(where: str, own: DataSettings) -> str:
     if not missing:
         return ""
     root = f"data root {os.path.abspath(own.root)}; {where}.data_root, env.data_root or ${DATA_VARIABLE} sets another"
-    files = ", ".join(names := list(dict.fromkeys(missing)))
-    return f"{where}: {len(names)} of its files and folders are missing ({root}): {files}. docs/data.md has the layout"
+    files = ", ".join(dict.fromkeys(missing))
+    return f"{where}: missing files or folders ({root}): {files}. docs/data.md has the layout"
 
 
 def _make_names_unique(sources: list[SampleDataset]) -> None:

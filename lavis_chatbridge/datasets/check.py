@@ -1,7 +1,8 @@
 """``chatbridge check-data FILE``: checks annotations and counts their samples.
 
 Reads every sample and checks that every medium exists (``--decode``: opens it). Continues after faults: counts them by
-cause and shows the first ones of each cause with their positions.
+cause and shows the first ones of each cause with their positions. Only a conversion from another format ends at its
+first fault.
 """
 
 from __future__ import annotations
@@ -219,11 +220,7 @@ def command(
             one = convert.settings_of(path, allow_outside=True)
             other += read_jsonl(convert.our_jsonl(one, Path(folder, str(number))), one.root, allow_outside=True)
         own = convert.settings_of(file, reader, root, media, options, allow_outside)
-        try:
-            jsonl = convert.our_jsonl(own, Path(folder, "data"))
-            report = check_file(jsonl, own.root, decode, allow_outside or own.reader != OWN_READER, other)
-        except DataError as error:
-            report = Report()
-            report.add_fault(_MALFORMED, str(error))
+        jsonl = convert.our_jsonl(own, Path(folder, "data"))
+        report = check_file(jsonl, own.root, decode, allow_outside or own.reader != OWN_READER, other)
     print(json.dumps({"usable": report.usable, **vars(report)}, indent=1) if as_json else report.as_text(file))
     return 0 if report.usable else 1

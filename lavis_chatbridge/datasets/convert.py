@@ -19,7 +19,7 @@ from lavis_chatbridge.datasets.readers.own import is_hub_id
 from lavis_chatbridge.datasets.settings import OWN_READER, DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.files import hash_of, locked, read_json, write_json
-from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, SampleFile, folder_of, write_jsonl
+from lavis_chatbridge.schema import SCHEMA_VERSION, Sample, SampleFile, folder_of, read_jsonl, write_jsonl
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +127,9 @@ def recognised(source: str) -> str:
     if os.path.isdir(source) or ending in (".parquet", ".arrow", ".csv", ".tsv") or is_hub_id(source):
         return "huggingface"
     if ending == ".tar":
+        if Path(source).with_suffix(".index.json").exists():
+            own = Path(source).with_name(f"{Path(source).stem.rpartition('-')[0]}.jsonl")
+            raise DataError(f"{source} is a shard of chatbridge shard: name its JSONL, {own}")
         return "webdataset"
     if ending not in (".json", ".jsonl"):
         raise ConfigError(f"{source}: the format is unknown; set it with --reader ({', '.join(readers.READERS)})")
@@ -177,4 +180,9 @@ def command(
     if taken := [path for path in (target, *tar) if path.exists()]:
         raise ConfigError(f"{taken[0]} exists: name a new file")
     written, left_out = write_converted(_SPLIT, _SPLIT, own, target, root=str(target.parent))
-    print(f"{target}: {written} samples, left out {left_out} without their media")
+    text = f"{target}: {written} samples, left out {left_out} without their media"
+    folder = os.path.abspath(target.parent)
+    paths = (os.path.abspath(m.path) for sample in read_jsonl(target, allow_outside=True) for m in sample.files)
+    if any(os.path.commonpath([folder, path]) != folder for path in paths):
+        text += f"; media are outside {folder}: use it with --allow-outside, or allow_outside: true in its section"
+    print(text)

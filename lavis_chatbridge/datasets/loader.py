@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 _TRIES_BEFORE_JUDGING = 20
 _NAMED_PER_SOURCE = 20
 _LENGTHS_LOOKED_AT = 20_000
+_IDLE_TIMEOUTS = 10  # at least this number of timeouts without a busy worker, before loading ends with an error
 _FATAL = "fatal"  # a batch's key for an error; raised in a worker it would print a traceback
 
 Request: TypeAlias = tuple[str, Sequence[tuple[int, int]]]
@@ -178,10 +179,15 @@ class EvaluationLoader:
 
 
 def source_ratios(splits: Mapping[str, SplitDataset], ratios: Mapping[str, float] | None = None) -> dict[str, float]:
-    """Source name -> share of the steps: the data set's ratio, divided among its sources.
+    """Source name -> share of the steps.
 
-    A data set's ratio is the one in ``ratios``, else the one of its configuration, else its number of samples; its
-    sources divide it by their own ratios, else by their numbers of samples.
+    A data set's share is the first of these that is set:
+
+    1. its entry in ``ratios`` (``run.train_dataset_ratios``);
+    2. the ``ratio`` of its own section;
+    3. its number of samples.
+
+    It is divided among the sources by their own ratios if all have one, else by their numbers of samples.
     """
     if unknown := sorted(set(ratios or {}) - set(splits)):
         raise ConfigError(f"ratios name {', '.join(unknown)}; the data sets are {', '.join(sorted(splits))}")
@@ -239,6 +245,11 @@ class _Mixture(torch.utils.data.Dataset):
         since = time.monotonic_ns() - int(seconds * 1e9)
         return {pid: (self._names[n], index) for pid, n, index, start in self.busy.tolist() if 0 < start < since}
 
+    @property
+    def idle(self) -> bool:
+        """Whether no worker is loading a sample."""
+        return not self.busy[:, 3].any()
+
 
 def _load(
     sources: Mapping[str, SampleDataset],
@@ -274,7 +285,12 @@ def _count_skipped(batch: Mapping[str, Any], counts: Counter[str]) -> None:
 
 
 def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: LoaderSettings) -> Iterator[dict[str, Any]]:
-    """The batches of the requests in order; ends early if a worker is stuck."""
+    """The batches of the requests in order; ends early if a worker is stuck.
+
+    A `TrainingError` if for ``hang_seconds`` no batch comes and no worker is busy: a worker that cannot put its batch
+    into shared memory only prints a traceback, and goes on.
+    """
+    timeout = min(5.0, settings.hang_seconds) if settings.num_workers else 0
     loader: DataLoader = DataLoader(
         dataset,
         batch_size=None,  # a request is a batch, so nothing is collated
@@ -283,12 +299,12 @@ def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: Loade
         pin_memory=torch.cuda.is_available(),
         collate_fn=dict,
         worker_init_fn=_ignore_signals,
-        timeout=min(5.0, settings.hang_seconds) if settings.num_workers else 0,
+        timeout=timeout,
     )
-    batches = iter(loader)
+    batches, idle = iter(loader), 0
     while True:
         try:
-            batch = next(batches)
+            batch, idle = next(batches), 0
         except StopIteration:
             return
         except RuntimeError as error:
@@ -296,10 +312,18 @@ def _until_stuck(dataset: _Mixture, requests: Iterable[Request], settings: Loade
                 raise
             if dataset.stuck(settings.hang_seconds):
                 return
+            idle = idle + 1 if dataset.idle else 0
+            if idle >= _IDLE_TIMEOUTS and idle * timeout >= settings.hang_seconds:
+                break
             continue
         if _FATAL in batch:
             raise batch.pop(_FATAL)  # pop: a reference cycle with the batch would keep the workers alive
         yield batch
+    del batches  # ends the workers, which ignore SIGTERM, also if the error below cannot be printed
+    raise TrainingError(
+        f"the data workers sent no batch for {idle * timeout:.0f} s, although none of them is loading a sample: "
+        "shared memory is probably full (df -h /dev/shm). Free some, or set run.num_workers=0"
+    )
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
-from lavis_chatbridge.config import Settings, hint
-from lavis_chatbridge.datasets.readers import READERS
+from lavis_chatbridge.config import Settings, hint, shown, unknown_key
+from lavis_chatbridge.datasets.readers import OPTIONS, READERS
 from lavis_chatbridge.datasets.readers.common import Origin
 from lavis_chatbridge.datasets.readers.own import is_hub_id
 from lavis_chatbridge.errors import ConfigError
@@ -91,12 +91,27 @@ class DataSettings(Settings):
             yield f"unknown reader {self.reader!r}{hint(self.reader, known)}"
         if self.reader == OWN_READER and self.media:
             yield "media is for readers of other formats; a jsonl file contains the paths of its media"
+        yield from self._faulty_options()
         templates = self.instruction_templates() if self.task else None
         if templates is not None and self.task not in templates.tasks:
             nearest = hint(self.task, templates.tasks)
             yield f"task {self.task!r} has no instruction template{nearest} (templates: false accepts any name)"
         if self.ratios and (odd := sorted({*self.ratios} ^ {*self.parts})):
             yield f"ratios names all parts or none, but {', '.join(odd)} is in only one of both"
+
+    def _faulty_options(self) -> Iterator[str]:
+        """Yields the options that the reader does not have, also among those of one split."""
+        if (known := OPTIONS.get(self.reader)) is None:  # a reader of your own
+            return
+        common = {key: value for key, value in self.options.items() if key not in self.splits}
+        by_split = {f"options.{split}": self.options.get(split) or {} for split in self.splits}
+        for where, options in {"options": common, **by_split}.items():
+            if not isinstance(options, Mapping):
+                yield f"{where}: expected a mapping, the options of this split, found {shown(options)}"
+                continue
+            for key in sorted({*options} - {*known}):
+                none = f"unknown key {where}.{key}: reader {self.reader} has no options"
+                yield unknown_key(key, known, where) if known else none
 
     def instruction_templates(self) -> Templates | None:
         """The instruction templates; None to use questions unchanged."""
@@ -154,7 +169,8 @@ class DataSettings(Settings):
         tables = self.reader == "huggingface"
         absent = [p for p in files if not (os.path.isfile(p) or (tables and (os.path.isdir(p) or is_hub_id(p))))]
         folders = [os.path.join(self.root, os.path.dirname(path.split("{")[0])) for path in self.media.values()]
-        return list(dict.fromkeys([*absent, *(folder + os.sep for folder in folders if not os.path.isdir(folder))]))
+        absent += [os.path.normpath(folder) + os.sep for folder in folders if not os.path.isdir(folder)]
+        return list(dict.fromkeys(absent))
 
 
 def cache_folder() -> Path:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _SHARED = ("templates", "reply_end", "data_root")  # settings that a mixture shares with its parts
 _KEPT = (*_SHARED, "stage", "task", "style")
 _HEAD = "# Made by `chatbridge shard`: a configuration with this section datasets reads the shards.\n"
-_FROM_SHARDS = {"reader": "jsonl", "media": None, "media_root": None, "limit": None, "skip_missing": False}
+_FROM_SHARDS: dict[str, str | bool | None] = {"reader": "jsonl", "options": None, "media": None, "media_root": None}
+_FROM_SHARDS |= {"limit": None, "skip_missing": False}
 
 
 def command(

@@ -6,6 +6,7 @@ are reported together, before weights or data are loaded.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from lavis_chatbridge.runners.settings import RunSettings
 SECTIONS = ("model", "datasets", "run", "preprocess", "env")
 _ID_KEYS = {"vqa": "question_id", "gqa": "question_id", "aok_vqa": "question_id", "captioning": "image_id"}
 """LAVIS's tasks with scores -> the key of a sample's id."""
+_SPLITS = ("train", "val", "test")
 _LAVIS_AUTHORS_CACHE = "/export/home/.cache/lavis"
 
 
@@ -174,6 +176,11 @@ def _check_splits(datasets: DictConfig, run: RunSettings) -> None:
     own = {n: set(b.split_names(_plain(datasets[n]))) for n, b in builders.items() if hasattr(b, "split_names")}
     if len(own) == len(builders):
         run.check_splits(set().union(*own.values()))
+    for name, splits in own.items():
+        for split in sorted(splits - {*_SPLITS, *run.used_splits}):
+            near = difflib.get_close_matches(split, _SPLITS, 1, 0.7)
+            if near and {*split} <= {*near[0]}:  # misspelt, and not such as test1
+                raise ConfigError(f"datasets.{name}.splits.{split}: no split of run; did you mean {near[0]!r}?")
     scored = {*run.test_splits, *([] if run.evaluate else run.valid_splits)}
     unfit = [name for name, splits in own.items() if scored & splits]
     if run.task in _ID_KEYS and unfit:

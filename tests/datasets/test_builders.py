@@ -11,6 +11,7 @@ import soundfile
 import yaml
 
 from lavis_chatbridge.datasets.readers import READERS
+from lavis_chatbridge.datasets.settings import DataSettings
 from lavis_chatbridge.errors import ConfigError, DataError
 from lavis_chatbridge.prompting.conversation import Message, Text
 from lavis_chatbridge.schema import Medium, Sample, write_jsonl
@@ -77,12 +78,17 @@ def test_a_task_that_captions_ignore_is_named_once(pictures, caplog):
 
 def test_faults_of_a_section_are_found_before_anything_is_loaded(tmp_path):
     check = registry.get_builder_class("chatbridge_jsonl").check_config
-    missing = rf"2 of its files .*data root {tmp_path}; datasets\.x\.data_root, .*a\.jsonl, .*b\.jsonl"
+    missing = rf"missing files or folders \(data root {tmp_path}; datasets\.x\.data_root, .*a\.jsonl, .*b\.jsonl"
+    table = {"reader": "huggingface"}
     for section, fault in (
         ({"reeder": "jsonl"}, r"unknown key datasets.x.reeder, did you mean 'reader'\?"),
         ({"splits": {}}, "splits is missing"),
         ({"reader": "cocoa"}, "unknown reader 'cocoa'"),
         ({"data_root": str(tmp_path)}, missing),
+        ({"options": {"foo": 1}}, "unknown key options.foo: reader jsonl has no options"),
+        ({**table, "options": {"colums": {"image": "x"}}}, "unknown key options.colums, did you mean 'columns'"),
+        ({**table, "options": {"train": {"colums": {}}}}, "unknown key options.train.colums, did you mean 'columns'"),
+        ({**table, "options": {"train": 1}}, "options.train: expected a mapping, the options of this split, found 1"),
         ({"task": "image_captoin"}, r"task 'image_captoin' has no instruction template, did you mean 'im"),
         ({"task": "greet"}, r"task 'greet' has no instruction template; known are audio_caption"),
         ({"task": "greet", "templates": ["none.yaml"]}, r"none\.yaml"),
@@ -97,8 +103,9 @@ def test_all_missing_files_are_named_at_once(tmp_path):
     root = {"data_root": str(tmp_path)}
     with pytest.raises(DataError) as caught:
         builders.require_files({"align_webvid10m": root, "multis": root})
-    for part in ("results_10M_train.csv", "v2_mscoco_train2014_annotations.json", "videos/"):
+    for part in ("results_10M_train.csv", "v2_mscoco_train2014_annotations.json", f"{tmp_path}/webvid/videos/"):
         assert part in str(caught.value)
+    assert DataSettings(media={"image": "coco/images/{image}"}, reader="webvid").missing() == ["coco/images/"]
 
 
 def test_other_formats_are_converted_once(tmp_path, caplog):

@@ -101,6 +101,9 @@ def test_a_pattern_of_shards(pictures, monkeypatch, capsys):
     assert "tars/*.tar: 2 samples" in capsys.readouterr().out
     assert command("none/*.tar") == 2
     assert "none/*.tar does not exist" in capsys.readouterr().err
+    assert cli.main(["shard", "pictures.jsonl", "--output", "own"]) == 0
+    assert command("own/pictures-00000.tar") == 2
+    assert "is a shard of chatbridge shard: name its JSONL, own/pictures.jsonl" in capsys.readouterr().err
 
 
 def test_media_relative_to_another_folder(pictures, tmp_path):

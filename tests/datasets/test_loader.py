@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from itertools import chain
 
@@ -12,7 +13,7 @@ import torch
 from lavis_chatbridge.datasets.dataset import SampleDataset, SplitDataset
 from lavis_chatbridge.datasets.loader import EvaluationLoader, LoaderSettings, MixtureLoader, source_ratios
 from lavis_chatbridge.datasets.settings import DataSettings
-from lavis_chatbridge.errors import ConfigError, DataError
+from lavis_chatbridge.errors import ConfigError, DataError, TrainingError
 from lavis_chatbridge.prompting.conversation import Message
 from lavis_chatbridge.schema import Medium, Sample
 from tests.datasets.conftest import PictureProcessor, picture_source, sample_file
@@ -90,6 +91,20 @@ def test_a_sample_whose_decoder_hangs_is_skipped_and_counted(pictures, processor
     assert ids(found) == [[name for name in batch if name != "s4"] for batch in ids(plain)]
     split = EvaluationLoader(group(pictures, {"image": _Hangs()}), 4, settings=settings)
     assert sorted(chain(*ids(split))) == sorted(f"s{i}" for i in range(12) if i != 4)
+
+
+class _FillsDisk(PictureProcessor):
+    """Leaves no space for the shared memory in which its worker returns the batch."""
+
+    def __call__(self, source, rng=None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return super().__call__(source, rng)
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_with_an_error(pictures):
+    settings = loading(num_workers=1, hang_seconds=0.2)
+    with pytest.raises(TrainingError, match=r"sent no batch for 2 s.* shared memory .*set run\.num_workers=0"):
+        list(EvaluationLoader(group(pictures, {"image": _FillsDisk()}), 4, settings=settings))
 
 
 @pytest.mark.parametrize("world", [1, 2, 5, 16])

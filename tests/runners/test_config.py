@@ -104,6 +104,13 @@ def test_contradictions(tmp_path, run, fault):
     assert fault in str(caught.value)
 
 
+def test_a_misspelt_split_is_named(tmp_path):
+    data = "datasets.chatbridge_world_caption.splits"
+    with pytest.raises(ConfigError, match=rf"{data}\.trian: no split of run; did you mean 'train'\?"):
+        load_config(yaml_of(tmp_path), [f"{data}.trian=x.jsonl"])
+    load_config(yaml_of(tmp_path), [f"{data}.test1=x.jsonl"])
+
+
 def test_caches_lie_where_this_user_may_write(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", "/export/home/.cache/lavis")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

@@ -27,5 +27,19 @@ READERS: dict[str, Reader] = {
 }
 """Name in a configuration -> reader. ``jsonl`` (our own schema) needs none."""
 
+OPTIONS: dict[str, tuple[str, ...]] = {"jsonl": (), **dict.fromkeys(READERS, ())} | {
+    "avsd": ("each_turn", "undisclosed"),
+    "charades_ego": ("egocentric",),
+    "coco_karpathy": ("split",),
+    "huggingface": ("columns", "split", "name", "revision"),
+    "llava": ("messages",),
+    "mosi": ("split", "classes", "transcript"),
+    "msrvtt": ("split",),
+    "multis": ("messages",),
+    "pairs_tsv": ("columns",),
+    "wavcaps": ("exclude",),
+}
+"""Reader -> the options that it reads; those of a reader added to `READERS` are not checked."""
+
 READS_TOO: dict[str, Callable[[Origin], Path | None]] = {"wavcaps": captions.excluded_list}
 """Reader -> an additional file that it reads, which no split names."""

@@ -55,7 +55,7 @@ def huggingface(origin: Origin) -> Iterator[Sample]:
             found = ", ".join(table.column_names)
             _log.warning("%s: no column of media; set it, as in options.columns.image=NAME; found %s", path, found)
         for number, values in enumerate(_rows(table, path)):
-            row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number}")
+            row = Row({ours: values.get(column) for ours, column in named.items()}, f"{path}: row {number + 1}")
             yield _table_sample(row, str(number), origin, os.path.dirname(path))
 
 
@@ -80,6 +80,8 @@ def _table(path: str, origin: Origin) -> Any:
             table = datasets.load_dataset(path, split=origin.options.get("split", "train"), streaming=True, **options)
         # in Arrow's format, `datasets` does not decode media and needs no packages for it
         return (table if table.features else table._resolve_features()).with_format("arrow")
+    except StopIteration as error:
+        raise DataError(f"{path}: has no rows") from error
     except _UNREADABLE as error:
         raise DataError(f"{path}: datasets cannot read it: {one_line(error)}") from error
 

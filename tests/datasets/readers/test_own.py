@@ -60,11 +60,16 @@ def test_a_table_of_bytes_becomes_a_jsonl_and_a_tar(tmp_path, table, capsys):
 
 def test_faults_of_a_table_are_one_line(tmp_path, table, capsys):
     (tmp_path / "cells.csv").write_text("image,captions\na.png\n")
+    (tmp_path / "head.csv").write_text("image,captions\n")
+    (tmp_path / "row.csv").write_text("image,captions\na.png,x\na.png,\n")
     for name, option, fault in (
         ("photos.parquet", "columns.imge=photo", "unknown key options.columns.imge, did you mean 'image'?"),
         ("photos.parquet", "columns.image=foto", "has no column 'foto'; it has photo, text, number"),
         ("none.parquet", "columns.image=photo", "none.parquet does not exist"),
         ("cells.csv", "columns.image=image", "cells.csv: datasets cannot read it: Couldn't cast array of type double"),
+        ("head.csv", "columns.image=image", "head.csv: has no rows"),
+        ("row.csv", "columns.image=image", "row.csv: row 2: captions is None, expected text"),
+        ("row.csv", "colums.image=image", "unknown key options.colums, did you mean 'columns'?"),
     ):
         assert run("convert-data", tmp_path / name, tmp_path / "x.jsonl", "--options", option) == 2
         assert fault in capsys.readouterr().err
@@ -188,10 +193,20 @@ def test_faults_of_messages_are_named(tmp_path, row, message):
         read("messages", tmp_path / "chat.jsonl", row)
 
 
-def test_check_data_counts_a_fault_of_a_reader(tmp_path, capsys):
+def test_check_data_names_the_first_fault_of_a_reader(tmp_path, capsys):
     (tmp_path / "chat.jsonl").write_text(json.dumps(ALPACA | {"images": []}))
-    assert run("check-data", tmp_path / "chat.jsonl") == 1
-    assert "FAULT: malformed line: 1" in capsys.readouterr().out
+    assert run("check-data", tmp_path / "chat.jsonl") == 2
+    assert "chat.jsonl:1: the list images has no medium" in capsys.readouterr().err
+
+
+def test_media_outside_the_folder_of_the_jsonl_need_an_option(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(picture(5))
+    (tmp_path / "a.csv").write_text("image,text\na.png,grey\n")
+    assert run("convert-data", tmp_path / "a.csv", tmp_path / "in.jsonl") == 0
+    assert "media are outside" not in capsys.readouterr().out
+    assert run("convert-data", tmp_path / "a.csv", out := tmp_path / "out" / "a.jsonl") == 0
+    assert f"media are outside {out.parent}: use it with --allow-outside, or" in capsys.readouterr().out
+    assert (run("check-data", tmp_path / "in.jsonl"), run("check-data", out, "--allow-outside")) == (0, 0)
 
 
 def test_without_the_package_datasets_the_extra_is_named(monkeypatch, tmp_path):
