@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from lavis_chatbridge import __version__
-from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError
+from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
 from lavis_chatbridge.launchers import set_thread_defaults
 from lavis_chatbridge.plugin import quick
 
@@ -33,8 +33,8 @@ class Command(NamedTuple):
 
 
 COMMANDS = (
-    Command("train", "plugin.launch", "Train with a configuration file (as python -m lavis.train)."),
-    Command("evaluate", "plugin.evaluate", "Score a model on test splits (as python -m lavis.evaluate)."),
+    Command("train", "plugin.launch", "Train with a configuration file (also lavis.train)."),
+    Command("evaluate", "plugin.evaluate", "Score a model on test splits (also lavis.evaluate)."),
     Command("compare", "plugin.compare", "Compare two evaluations sample by sample."),
     Command("world", "toyworld.build", "Build the embedded world, a small synthetic data set."),
     Command("weights", "models.weights", "List and download weights."),
@@ -65,13 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_status(action: Callable[[], int | None]) -> int:
-    """The status that ``action`` returns or exits with; for a user's mistake, print ``error: ...`` and return 2."""
+    """The status that ``action`` returns or exits with.
+
+    For a user's mistake, or a file that cannot be read or written, print ``error: ...`` and return 2.
+    """
     try:
         return action() or 0
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except ChatBridgeError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: cannot read or write {error.filename}: {error.strerror or one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -124,7 +132,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def spread(words: Sequence[str]) -> list[str]:
     """Rewrite LAVIS's lists for typer: ``--options A=1 B 2`` becomes ``--options A=1 --options B=2``.
 
-    ``--ablate`` without a value becomes ``--ablate all``.
+    A last word of ``--options`` without a value is an argument of the command, such as a file. ``--ablate`` without a
+    value becomes ``--ablate all``.
     """
     result: list[str] = []
     waiting = list(words)
@@ -138,6 +147,8 @@ def spread(words: Sequence[str]) -> list[str]:
         if option == "--options":
             rest = iter(values)
             values = [word if "=" in word else "=".join([word, *itertools.islice(rest, 1)]) for word in rest]
+            if len(values) > 1 and "=" not in values[-1]:
+                waiting.insert(0, values.pop())
         if option == "--ablate":
             values = values or ["all"]
         result += [word for value in values for word in (option, value)] or [option]

@@ -1,14 +1,16 @@
 """Files: atomic writes, JSON, JSONL, hashes of content, locks.
 
-An atomic write creates a temporary file in the same folder, and then renames it.
+An atomic write creates a temporary file or folder beside its target, and then renames it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from lavis_chatbridge.errors import DataError
+from lavis_chatbridge.errors import DataError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -34,18 +37,49 @@ def atomic_file(target: Path, mode: int = SHARED) -> Iterator[Path]:
 
     Creates the target's folder. The target does not change before the end of the block.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    with _named_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, mode)  # mkstemp and safetensors create private files
+            sync(temporary)
+            os.replace(temporary, target)
+            sync(target.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder, which is renamed to ``target`` if the block ends without an error."""
+    with _named_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_UMASK)
+            os.rename(temporary, target)
+            sync(target.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _named_errors(target: Path) -> Iterator[None]:
+    """Add the target to errors of a write: a full disk's has no file name, and safetensors raises its own class."""
     try:
-        yield temporary
-        os.chmod(temporary, mode)  # mkstemp and safetensors create private files
-        sync(temporary)
-        os.replace(temporary, target)
-        sync(target.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, one_line(error), str(target)) from error
+    except OSError as error:
+        temporary = f".{target.name}." in str(error.filename)
+        if error.errno is not None and (error.filename is None or temporary):
+            error.filename = str(target)
         raise
 
 

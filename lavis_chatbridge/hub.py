@@ -302,8 +302,9 @@ def _ask(name: Name, request: Callable[[], T]) -> T:
         match error:
             case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError():
                 no_answer = f"no server answers: {one_line(error)}"
-                because = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else no_answer
-                cause = f"is not on this disk and {because}; run `chatbridge weights download` with a network"
+                online = f"{no_answer}; run `chatbridge weights download` with a network"
+                because = "HF_HUB_OFFLINE is set: unset it to download" if constants.HF_HUB_OFFLINE else online
+                cause = f"is not on this disk and {because}"
             case errors.GatedRepoError():
                 cause = "is gated (403): accept its terms at that address and set HF_TOKEN to your token"
             case errors.RepositoryNotFoundError():

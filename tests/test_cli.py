@@ -13,6 +13,7 @@ import typer
 import lavis_chatbridge
 from lavis_chatbridge import cli
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import write_text
 
 
 @pytest.mark.parametrize("entry", cli.COMMANDS, ids=lambda entry: entry.name)
@@ -58,6 +59,11 @@ def test_laviss_options_are_lists_and_the_exit_status_is_the_commands(run):
     assert run(command, "--options", "a=1", "b=-2", "--seed", "7", "--options", "c", "3", "d", "4") == 7
     assert run(command, "--no-such-option") == 2
 
+    def check(file: str, options: Annotated[list[str], typer.Option("--options")]) -> int:
+        return 7 if (file, options) == ("FILE", ["a=b"]) else 1
+
+    assert run(check, "--options", "a=b", "FILE") == 7
+
 
 def test_a_users_mistake_is_one_line_and_a_fault_of_ours_a_traceback(run, capsys):
     def mistaken() -> None:
@@ -70,6 +76,16 @@ def test_a_users_mistake_is_one_line_and_a_fault_of_ours_a_traceback(run, capsys
     assert capsys.readouterr().err == "error: run.sed is unknown; did you mean run.seed?\n"
     with pytest.raises(ZeroDivisionError):
         run(faulty)
+
+
+def test_a_file_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "file").touch()
+
+    def writing() -> None:
+        write_text(tmp_path / "file" / "y", "text")
+
+    assert run(writing) == 2
+    assert capsys.readouterr().err == f"error: cannot read or write {tmp_path / 'file'}: File exists\n"
 
 
 def test_an_interrupt_is_status_130_and_a_missing_lavis_one_line(run, capsys):

@@ -152,7 +152,9 @@ def test_a_repository_without_configuration_is_cached(server: HubServer, monkeyp
 @pytest.mark.parametrize("name", ["org/encoder", "https://example.org/a.pth"])
 def test_offline(server: HubServer, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     set_offline(True, monkeypatch)
-    with pytest.raises(CheckpointError, match=r"is not on this disk and HF_HUB_OFFLINE is set.*\$CHATBRIDGE_WEIGHTS"):
+    with pytest.raises(
+        CheckpointError, match=r"is not on this disk and HF_HUB_OFFLINE is set: unset it.*\$CHATBRIDGE_WEIGHTS"
+    ):
         hub.find(name, "it")
     assert server.requests == []
 

@@ -122,7 +122,10 @@ class ChatBridgeConfig(PretrainedConfig):
                 references = []
                 for name in hub.as_list(need.names):
                     local = None if name.startswith(hub.PACKAGE) else hub.parsed(name).path
-                    references.append(name if local is None else os.path.relpath(local.resolve(), folder.resolve()))
+                    if local is None or "$" in str(local):  # the latter: of a variable that is not set here
+                        references.append(name)
+                    else:
+                        references.append(os.path.relpath(local.resolve(), folder.resolve()))
                 copy.model[part] = {**copy.model.get(part, {}), key: references}
                 path = hub.status(*need).path
                 copy.frozen[need.setting] = {"source": references, **({"hash": content_hash(path)} if path else {})}

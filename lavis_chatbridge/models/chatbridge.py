@@ -65,6 +65,8 @@ class ChatBridge(Answering, BaseModel):
 
     PRETRAINED_MODEL_CONFIG_DICT = {name: str(weights.config_path(name)) for name in weights.model_types()}
     DEFAULT_MODEL_TYPE = "tiny"
+    PART_NAMES = (*_PARTS, "lora")
+    """The names in ``run.train``; a model has those that its settings include."""
 
     def __init__(self, settings: ModelSettings) -> None:
         super().__init__()

@@ -207,7 +207,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
     """The mapping in a ``torch.save`` file, memory-mapped if the format allows; no code in it is run."""
     try:
         with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"  # files of torch before 1.6 are not, and cannot be mapped
+            head = file.read(2)
+        zipped = head == b"PK"  # files of torch before 1.6 are not, and cannot be mapped
+        if not zipped and head[:1] != b"\x80":
+            raise ValueError("neither a zip nor a pickle")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UnpicklingError as error:
         raise CheckpointError(

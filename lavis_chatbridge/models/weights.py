@@ -67,6 +67,12 @@ def model_types() -> list[str]:
 def config_path(model_type: str) -> Path:
     """The YAML of a shipped model type; a `ConfigError` if there is none."""
     if model_type not in model_types():
+        path = Path(model_type)
+        weight_file = path / "model.safetensors" if path.is_dir() else path
+        if weight_file.is_file():
+            raise ConfigError(f"{path} has no configuration: name a model type, and set model.checkpoint={weight_file}")
+        if path.is_dir():
+            raise ConfigError(f"no config.yaml in the folder {path}: expected a run's folder or a model type")
         raise ConfigError(f"unknown model type {model_type!r}; known are {', '.join(model_types())}")
     return CONFIGS / f"chatbridge_{model_type}.yaml"
 

@@ -81,6 +81,7 @@ def command(
     ),
 ) -> None:
     """Compare two evaluations of the same samples."""
+    output.mkdir(parents=True, exist_ok=True)  # before the work
     found = compare(run_a.split(","), run_b.split(","))
     text, about = table(found), {"a": run_a, "b": run_b}
     content = {**about, "comparisons": [asdict(one) for one in found]}

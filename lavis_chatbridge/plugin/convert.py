@@ -8,13 +8,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lavis_chatbridge.errors import CheckpointError
-from lavis_chatbridge.files import atomic_file, write_text
+from lavis_chatbridge import hub
+from lavis_chatbridge.errors import CheckpointError, one_line
+from lavis_chatbridge.files import atomic_file, atomic_folder, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lavis_chatbridge.models.settings import ModelSettings
 
 FORMATS = ("huggingface", "run", "original", "bridge")
 
@@ -43,8 +50,11 @@ def command(
     if to == "original":
         import torch
 
-        with atomic_file(out) as temporary:
-            torch.save({"model": tensors}, temporary)
+        try:
+            with atomic_file(out) as temporary:
+                torch.save({"model": tensors}, temporary)
+        except RuntimeError as error:  # torch's zip writer
+            raise CheckpointError(f"cannot write {out}: {one_line(error)}; is the disk full?") from error
     elif to == "bridge":
         frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms are kept: results need them
         named = state_dicts.bridge_tensors(tensors)
@@ -56,11 +66,41 @@ def command(
         from lavis_chatbridge.hf import ChatBridgeConfig
 
         config, folder = ChatBridgeConfig.find(source if source.is_dir() else str(model_type))
-        saved = config.with_references(out, config.settings(folder))
-        if to == "huggingface":
-            saved.write(out, tensors)
-        else:
-            state_dicts.save(out / "model.safetensors", tensors, adapters)
-            sections = {"model": saved.settings(out).model_dump(exclude_unset=True), "preprocess": saved.preprocess}
-            write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(sections)))
+        settings = config.settings(folder)
+        if not source.is_dir():
+            _check_fit(source, tensors, settings)
+        saved = config.with_references(out, settings)
+        with atomic_folder(out) as partial:
+            if to == "huggingface":
+                saved.write(partial, tensors)
+            else:
+                state_dicts.save(partial / "model.safetensors", tensors, adapters)
+                model = saved.settings(partial).model_dump(exclude_unset=True)
+                sections = OmegaConf.create({"model": model, "preprocess": saved.preprocess})
+                write_text(partial / "config.yaml", OmegaConf.to_yaml(sections))
     typer.echo(f"{out}: {len(tensors)} tensors")
+
+
+def _check_fit(source: Path, tensors: Mapping[str, Tensor], settings: ModelSettings) -> None:
+    """Raise a `CheckpointError` if a file's bridge has other shapes than the settings; builds no frozen model.
+
+    Widths that are in no setting, but in a file of a frozen part that is not on this disk, are not compared.
+    """
+    import torch
+
+    from lavis_chatbridge.models import encoding, state_dicts
+
+    own, llm = settings.perceiver, settings.language_model
+    found = state_dicts.bridge_tensors(tensors)
+    width = settings.vision.width if settings.vision.encoder == "eva" else len(found.get("audio_trans.bias", ()))
+    folder = hub.status(llm.weights, "model.language_model.weights", "language_model").path if llm.weights else None
+    sizes = hub.read_config(folder) if folder else llm.config or {}
+    hidden = sizes.get("hidden_size", len(found["llama_proj.weight"]))
+    with state_dicts.on_meta():
+        expected = encoding.build_perceiver(own, width).state_dict(prefix="Qformer.")
+        queries = torch.empty(1, own.queries, own.width)
+        expected |= {"image_query_tokens": queries, "audio_query_tokens": queries}
+        expected |= {"audio_trans.bias": torch.empty(width), "llama_proj.weight": torch.empty(hidden, own.width)}
+    expected = state_dicts.bridge_tensors(expected)
+    compared = {name: t for name, t in found.items() if name in expected or name.startswith("Qformer.")}
+    state_dicts.check_fit(expected, compared, expected, source, f"model type {settings.model_type}")

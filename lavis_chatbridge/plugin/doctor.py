@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from lavis_chatbridge import hub
+from lavis_chatbridge.config import find_yaml
 from lavis_chatbridge.errors import INSTALL_LAVIS, ChatBridgeError, one_line
 from lavis_chatbridge.plugin.launch import CfgPathOrNone, Options, load
 
@@ -47,6 +48,8 @@ class Finding(NamedTuple):
 
 def command(cfg_path: CfgPathOrNone = None, options: Options = None) -> int:
     """Print all findings, with a configuration also about its files and memory; return 1 if there are faults."""
+    if cfg_path is not None:
+        find_yaml(cfg_path)
     sections = {"packages": packages(), "devices": devices(), "scores": scores()}
     if cfg_path is not None:
         sections[cfg_path] = configuration(cfg_path, options or [])
@@ -91,7 +94,7 @@ def devices() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding("ok", f"no GPU; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+        yield Finding("ok", f"no GPU; CPU cores: {os.cpu_count()}, threads: {torch.get_num_threads()}")
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         yield Finding("ok", f"cuda:{i} {gpu.name}, {_gib(gpu.total_memory)}, capability {gpu.major}.{gpu.minor}")

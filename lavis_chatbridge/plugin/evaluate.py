@@ -65,6 +65,8 @@ def command(
             raise ConfigError("--ablate needs a model: use it with --cfg-path or --suite, not with --rescore")
         return report.rescore(rescore, options)
     paths = {"": Path(str(cfg_path))} if suite is None else choose(suite, suite_folder)
+    if suite is not None:
+        output.mkdir(parents=True, exist_ok=True)  # before the work
     with Runs() as runs:
         lines = score(runs, paths, options, conditions)
         text = report.text_table(lines) if suite else report.summary(lines)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +10,7 @@ import typer
 
 from lavis_chatbridge import hub
 from lavis_chatbridge.errors import ConfigError
+from lavis_chatbridge.files import atomic_folder
 from lavis_chatbridge.plugin.launch import Options
 
 if TYPE_CHECKING:
@@ -42,12 +41,8 @@ def export(model: ChatBridge, out: Path) -> None:
     if not hasattr(llm, "save_pretrained") or settings.quantization is not None:
         raise ConfigError("a quantised or remote language model is not exported: set quantization and engine to null")
     lora.merge(llm)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        target = Path(folder) / out.name
-        target.mkdir()
+    with atomic_folder(out) as target:
         for file in hub.require_files(model.llama_tokenizer.folder, "tokenizer"):
             shutil.copy(file, target)
         llm.generation_config.eos_token_id = sorted(model.template.end_ids) or None
         llm.save_pretrained(target)  # replaces the model's configurations, which stand beside the tokenizer
-        os.replace(target, out)

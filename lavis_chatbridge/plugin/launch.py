@@ -99,8 +99,13 @@ class Runs(ExitStack):
         """
         from lavis.common.registry import registry
 
+        from lavis_chatbridge.models import weights
+        from lavis_chatbridge.models.chatbridge import ChatBridge
         from lavis_chatbridge.runners import distributed
 
+        with distributed.together():
+            if cfg.model_cfg.arch == "chatbridge":  # before the data sets are read
+                weights.find_all(ChatBridge.check_config(cfg.model_cfg))
         prepare_world(cfg.datasets_cfg)
         with distributed.together():
             task = registry.get_task_class(cfg.run.task).setup_task(cfg=cfg)

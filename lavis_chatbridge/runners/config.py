@@ -138,8 +138,19 @@ def _merge_model(config: DictConfig) -> None:
     config.model = merged(_section(defaults, "model"), config.model, {"model_type": model_type})
     config.preprocess = merged(_section(defaults, "preprocess"), config.preprocess)
     config.preprocess = _plain(config.preprocess)  # resolves `encoder: ${model.vision}`
+    _check_processors(config.preprocess)
     if hasattr(model_class, "check_config"):  # LAVIS's own models have none
         model_class.check_config(_plain(config.model), "model")
+
+
+def _check_processors(preprocess: DictConfig) -> None:
+    """Raise for a processor that is not registered; their other settings may need the encoders' files."""
+    for kind in map(str, preprocess):
+        splits = _section(preprocess, kind, "preprocess.")
+        for split in map(str, splits):
+            if isinstance(own := splits[split], DictConfig) and (name := own.get("name")) is not None:
+                where = f"preprocess.{kind}.{split}.name"
+                _registered(registry.get_processor_class, where, name, registry.list_processors())
 
 
 def _dataset(name: str, config: DictConfig) -> DictConfig:
@@ -162,6 +173,9 @@ def _parse_run(config: DictConfig) -> RunSettings:
     run = parse(RunSettings, _plain(config.run), "run")
     _registered(registry.get_task_class, "run.task", run.task, registry.list_tasks())
     _registered(registry.get_runner_class, "run.runner", run.runner, registry.list_runners())
+    parts = getattr(registry.get_model_class(config.model.get("arch")), "PART_NAMES", run.train or ())
+    if unknown := [name for name in run.train or () if name not in parts]:
+        raise ConfigError(_unknown("run.train", unknown[0], parts))
     if unknown := [name for name in run.train_dataset_ratios or () if name not in config.datasets]:
         raise ConfigError(_unknown("run.train_dataset_ratios", unknown[0], list(config.datasets)))
     for extra in ("tensorboard", "wandb"):

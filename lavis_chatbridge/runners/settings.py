@@ -136,6 +136,8 @@ class RunSettings(LoaderSettings, EvaluationSettings):
     def check(self) -> Iterable[str]:
         """Yield the contradictions between keys."""
         yield from super().check()
+        if self.job_id == ".." or {"/", "\\"} & set(self.job_id or ""):
+            yield f"job_id is {self.job_id!r}, expected a folder's name: other places are set by output_dir"
         if self.evaluate:
             if not self.test_splits:
                 yield "evaluate is set, but test_splits names no split"

@@ -150,7 +150,7 @@ def test_damaged_and_foreign_files_are_one_line(tmp_path: Path) -> None:
             (tmp_path / f"cut{suffix}").write_bytes(content)
             with pytest.raises(CheckpointError, match=f"cut{suffix} ") as caught:
                 state_dicts.read(tmp_path / f"cut{suffix}")
-            assert not re.search(r"\n|mmap", str(caught.value))
+            assert not re.search(r"\n|mmap|refused", str(caught.value))
     torch.save({"epoch": 3}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="contains epoch, expected tensors by name"):
         state_dicts.read(tmp_path / "other.pth")

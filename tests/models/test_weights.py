@@ -100,12 +100,18 @@ def test_list_says_where_weights_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "model.audio.weights" not in printed
 
 
-def test_download_needs_a_known_model(capsys: pytest.CaptureFixture) -> None:
+def test_download_needs_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["weights", "download", "tiny"]) == 0
     assert "model.checkpoint" in capsys.readouterr().out
     assert cli.main(["weights", "download"]) == 2
     assert cli.main(["weights", "download", "huge"]) == 2
     assert "unknown model type 'huge'; known are qwen3_8b, small, tiny" in capsys.readouterr().err
+    (tmp_path / "step").mkdir()
+    (tmp_path / "step" / "model.safetensors").touch()
+    step = tmp_path / "step", tmp_path / "step" / "model.safetensors"
+    for wrong, words in ((tmp_path, "no config.yaml in the"), *((path, "set model.checkpoint=") for path in step)):
+        assert cli.main(["weights", "download", str(wrong)]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model_type", weights.model_types())

@@ -48,6 +48,9 @@ def test_a_better_model_is_better_by_an_interval(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "a/0.png").as_uri() in page
     assert "&lt;b&gt;blue&lt;/b&gt;" in page
     assert "+11.9" in (tmp_path / "out/comparison.txt").read_text()
+    capsys.readouterr()
+    assert cli.main(["compare", "none", "none", "--output", str(tmp_path / "out/comparison.txt")]) == 2
+    assert "comparison.txt: File exists" in capsys.readouterr().err
 
 
 def test_seeds_have_a_mean_and_a_deviation(tmp_path: Path) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from lavis_chatbridge import cli
-from lavis_chatbridge.hf import ChatBridgeForConditionalGeneration
+from lavis_chatbridge.hf import ChatBridgeConfig, ChatBridgeForConditionalGeneration
 from lavis_chatbridge.models import state_dicts
+
+GOLDEN = """
+model:
+  vision: {width: 48, heads: 4}
+  perceiver: {width: 64, layers: 4, heads: 4, feed_forward: 160, queries: 8}
+  language_model: {config: {hidden_size: 80}, tokenizer: "package:assets/tiny/llm"}
+"""
 
 
 def convert(folder: Path, source: str, out: str, *more: str) -> int:
@@ -31,14 +40,38 @@ def test_the_three_forms_hold_the_same_tensors(tmp_path: Path) -> None:
         assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path) -> None:
+def test_the_released_layout_comes_back(tmp_path: Path, golden_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = state_dicts.read(golden_dir / "chatbridge_state.safetensors").tensors
     torch.save({"model": tensors}, tmp_path / "released.pth")
-    assert convert(tmp_path, "released.pth", "hf", "--model-type", "vicuna13b") == 0
+    assert convert(tmp_path, "released.pth", "hf", "--model-type", "vicuna13b") == 2
+    assert "does not fit model type vicuna13b: missing: Qformer.bert.encoder.layer.4" in capsys.readouterr().err
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.yaml").write_text(GOLDEN)
+    assert convert(tmp_path, "released.pth", "hf", "--model-type", str(tmp_path / "own")) == 0
     assert convert(tmp_path, "hf", "back.pth", "--to", "original") == 0
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ChatBridgeForConditionalGeneration.from_pretrained("tiny").save_pretrained(tmp_path / "hf")
+    for form in ("huggingface", "run", "original", "bridge"):
+        allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300 << 10, allowed[1]))
+        try:
+            assert convert(tmp_path, "hf", "out", "--to", form) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+        assert re.fullmatch(rf"error: cannot (read or )?write {tmp_path}/out: .*\n", capsys.readouterr().err)
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_references_by_an_unset_variable_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHATBRIDGE_WEIGHTS", raising=False)
+    config, _ = ChatBridgeConfig.find("vicuna13b")
+    saved = config.with_references(tmp_path, config.settings())
+    assert saved.model["language_model"]["weights"] == ["$CHATBRIDGE_WEIGHTS/vicuna-13b", "lmsys/vicuna-13b-v1.5"]
 
 
 def test_the_bridge_is_kept_without_frozen_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

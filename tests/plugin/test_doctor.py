@@ -39,6 +39,7 @@ def test_the_exit_status_counts_faults(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "  FAULT    broken: mend it\n" in printed
     assert printed.endswith("\n1 fault\n")
+    assert cli.main(["doctor", "--cfg-path", "nope.yaml"]) == 2
 
 
 def test_unmet_requirements_and_broken_packages_are_faults(monkeypatch):

@@ -95,6 +95,12 @@ def test_every_fault_is_reported_at_once(tmp_path):
             "  train_dataset_ratios: {chatbridge_world_caption: 1, toydata: 2}\n",
             "run.train_dataset_ratios: unknown name 'toydata'",
         ),
+        ("  job_id: ../x\n", "job_id is '../x', expected a folder's name"),
+        ("  train: [foo]\n", "run.train: unknown name 'foo'; known are audio_queries"),
+        (
+            "preprocess: {vis_processor: {eval: {name: chatbridge_image_evil}}}\n",
+            "preprocess.vis_processor.eval.name: unknown name 'chatbridge_image_evil', did you mean",
+        ),
         ("  runner: chatbridge_runer\n", "run.runner: unknown name 'chatbridge_runer', did you mean"),
     ],
 )
