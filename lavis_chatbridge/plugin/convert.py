@@ -21,7 +21,7 @@ from lavis_chatbridge.files import atomic_file, atomic_folder, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lavis_chatbridge.models.settings import ModelSettings
+    from lavis_chatbridge.models.settings import ModelSettings, Weights
 
 FORMATS = ("huggingface", "run", "original", "bridge")
 
@@ -69,6 +69,8 @@ def command(
         settings = config.settings(folder)
         if not source.is_dir():
             _check_fit(source, tensors, settings)
+        if settings.perceiver.weights is not None and "ln_vision.weight" not in tensors:
+            tensors = {**tensors, **_vision_norm(settings.perceiver.weights)}
         saved = config.with_references(out, settings)
         with atomic_folder(out) as partial:
             if to == "huggingface":
@@ -79,6 +81,16 @@ def command(
                 sections = OmegaConf.create({"model": model, "preprocess": saved.preprocess})
                 write_text(partial / "config.yaml", OmegaConf.to_yaml(sections))
     typer.echo(f"{out}: {len(tensors)} tensors")
+
+
+def _vision_norm(names: Weights) -> dict[str, Tensor]:
+    """BLIP-2's frozen layer norm: a run reads it from BLIP-2's file, which a converted folder does not refer to."""
+    from lavis_chatbridge.models import state_dicts
+
+    prefixes = state_dicts.BLIP2_BRIDGE
+    file = state_dicts.read(hub.find(names, "model.perceiver.weights", prefixes=prefixes), prefixes)
+    named = state_dicts.from_huggingface(file.tensors)
+    return {name: tensor for name, tensor in named.items() if name.startswith("ln_vision.")}
 
 
 def _check_fit(source: Path, tensors: Mapping[str, Tensor], settings: ModelSettings) -> None:

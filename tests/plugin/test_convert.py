@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lavis_chatbridge import cli
 from lavis_chatbridge.hf import ChatBridgeConfig, ChatBridgeForConditionalGeneration
@@ -72,6 +73,21 @@ def test_references_by_an_unset_variable_are_kept(tmp_path: Path, monkeypatch: p
     config, _ = ChatBridgeConfig.find("vicuna13b")
     saved = config.with_references(tmp_path, config.settings())
     assert saved.model["language_model"]["weights"] == ["$CHATBRIDGE_WEIGHTS/vicuna-13b", "lmsys/vicuna-13b-v1.5"]
+
+
+def test_a_runs_folder_gets_the_frozen_norm_of_blip2(tmp_path: Path) -> None:
+    ChatBridgeForConditionalGeneration.from_pretrained("tiny").save_pretrained(tmp_path / "hf")
+    assert convert(tmp_path, "hf", "run", "--to", "run") == 0
+    tensors = state_dicts.read(tmp_path / "run").tensors
+    norm = {name: tensors.pop(name) + 1 for name in ("ln_vision.weight", "ln_vision.bias")}
+    state_dicts.save(tmp_path / "blip2.safetensors", norm)
+    state_dicts.save(tmp_path / "run" / "model.safetensors", tensors)  # as training writes it
+    config = OmegaConf.load(tmp_path / "run" / "config.yaml")
+    config.model.perceiver.weights = str(tmp_path / "blip2.safetensors")
+    OmegaConf.save(config, tmp_path / "run" / "config.yaml")
+    assert convert(tmp_path, "run", "again") == 0
+    again = state_dicts.read(tmp_path / "again").tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in norm.items())
 
 
 def test_the_bridge_is_kept_without_frozen_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
