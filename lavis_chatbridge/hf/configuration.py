@@ -78,12 +78,9 @@ class ChatBridgeConfig(PretrainedConfig):
         config = cls._of_yaml(folder / RUN_CONFIG)
         config.model |= {"checkpoint": str(folder.resolve() / "model.safetensors")}
         log = [json.loads(line) for _, line in read_lines(folder / RUN_LOG)] if (folder / RUN_LOG).is_file() else []
-        scores: dict[str, Any] = next(
-            (line for line in reversed(log) if "val_step" in line), {}
-        )  # of the last validation
-        config.about["scores"] = {
-            name.removeprefix("val_"): value for name, value in scores.items() if isinstance(value, int | float)
-        }
+        last: dict[str, Any] = next((line for line in reversed(log) if "val_step" in line), {})  # validation
+        numbers = {name: value for name, value in last.items() if isinstance(value, int | float)}
+        config.about["scores"] = {name.removeprefix("val_"): value for name, value in numbers.items()}
         return config, folder
 
     @classmethod

@@ -21,6 +21,7 @@ from lavis_chatbridge.files import atomic_file, atomic_folder, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lavis_chatbridge.hf import ChatBridgeConfig
     from lavis_chatbridge.models.settings import ModelSettings, Weights
 
 FORMATS = ("huggingface", "run", "original", "bridge")
@@ -48,21 +49,13 @@ def command(
         raise CheckpointError(f"{source} is not a ChatBridge: it contains {state_dicts.shortened(tensors)}")
     adapters = {"lora": cfg["lora"]} if cfg and "lora" in cfg else None
     if to == "original":
-        import torch
-
-        try:
-            with atomic_file(out) as temporary:
-                torch.save({"model": tensors}, temporary)
-        except RuntimeError as error:  # torch's zip writer
-            raise CheckpointError(f"cannot write {out}: {one_line(error)}; is the disk full?") from error
+        _write_original(tensors, out)
     elif to == "bridge":
         frozen = ("visual_encoder.", "audio_encoder.", "llama_model.")  # the layer norms are kept: results need them
         named = state_dicts.bridge_tensors(tensors)
         tensors = {name: t for name, t in named.items() if not name.startswith(frozen) or lora.is_adapter(name)}
         state_dicts.save(out, tensors, adapters)
     else:
-        from omegaconf import OmegaConf
-
         from lavis_chatbridge.hf import ChatBridgeConfig
 
         config, folder = ChatBridgeConfig.find(source if source.is_dir() else str(model_type))
@@ -76,11 +69,31 @@ def command(
             if to == "huggingface":
                 saved.write(partial, tensors)
             else:
-                state_dicts.save(partial / "model.safetensors", tensors, adapters)
-                model = saved.settings(partial).model_dump(exclude_unset=True)
-                sections = OmegaConf.create({"model": model, "preprocess": saved.preprocess})
-                write_text(partial / "config.yaml", OmegaConf.to_yaml(sections))
+                _write_run(saved, tensors, adapters, partial)
     typer.echo(f"{out}: {len(tensors)} tensors")
+
+
+def _write_original(tensors: Mapping[str, Tensor], out: Path) -> None:
+    import torch
+
+    try:
+        with atomic_file(out) as temporary:
+            torch.save({"model": tensors}, temporary)
+    except RuntimeError as error:  # torch's zip writer
+        raise CheckpointError(f"cannot write {out}: {one_line(error)}; is the disk full?") from error
+
+
+def _write_run(
+    config: ChatBridgeConfig, tensors: Mapping[str, Tensor], adapters: dict[str, str] | None, folder: Path
+) -> None:
+    from omegaconf import OmegaConf
+
+    from lavis_chatbridge.models import state_dicts
+
+    state_dicts.save(folder / "model.safetensors", tensors, adapters)
+    model = config.settings(folder).model_dump(exclude_unset=True)
+    sections = OmegaConf.create({"model": model, "preprocess": config.preprocess})
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(sections))
 
 
 def _vision_norm(names: Weights) -> dict[str, Tensor]:
